@@ -1,0 +1,148 @@
+"""EXTENDED COPY within a unit, and what RECEIVE COPY RESULTS tells of it."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.scsi.conftest import BOB, NAA, Target, target
+
+SIZE = 512
+
+
+def cscd(naa: bytes = NAA, *, kind: int = 0xE4, device: int = 0, block: int = SIZE, lu_id: int = 0) -> bytes:
+    """An identification descriptor (SPC-4 6.4.5.8) with an NAA designator."""
+    head = bytes([kind, lu_id << 6 | device, 0, 0, 0x01, 0x03, 0, len(naa)])
+    return head + naa.ljust(20, b"\0") + block.to_bytes(4, "big")
+
+
+def segment(source: int, destination: int, blocks: int, start: int, to: int, *, kind: int = 0x02) -> bytes:
+    """A block to block segment (SPC-4 6.4.6.4)."""
+    head = bytes([kind, 0]) + (24).to_bytes(2, "big") + source.to_bytes(2, "big") + destination.to_bytes(2, "big")
+    return head + bytes(2) + blocks.to_bytes(2, "big") + start.to_bytes(8, "big") + to.to_bytes(8, "big")
+
+
+def parameters(
+    cscds: list[bytes], segments: list[bytes], *, list_id: int = 1, usage: int = 0, inline: int = 0
+) -> bytes:
+    targets, parts = b"".join(cscds), b"".join(segments)
+    head = bytes([list_id, usage << 3]) + len(targets).to_bytes(2, "big") + bytes(4)
+    head += len(parts).to_bytes(4, "big") + inline.to_bytes(4, "big")
+    return head + targets + parts + bytes(inline)
+
+
+def cdb(data: bytes, length: int | None = None) -> bytes:
+    size = len(data) if length is None else length
+    return bytes([0x83, 0, *bytes(8), *size.to_bytes(4, "big"), 0, 0])
+
+
+def copy(one: Target, data: bytes, length: int | None = None) -> str:
+    result = one.send(cdb(data, length), data)
+    if result.status == 0:
+        return "good"
+    return one.bad(cdb(data, length), data)
+
+
+def block(n: int) -> bytes:
+    return bytes([n]) * SIZE
+
+
+@pytest.fixture
+def filled(disk: Target) -> Target:
+    disk.medium.data[:] = b"".join(block(n) for n in range(64))
+    return disk
+
+
+def status(one: Target, list_id: int = 1) -> bytes:
+    return one.good(bytes([0x84, 0, list_id, *bytes(7), 0, 0, 0, 12, 0, 0]))
+
+
+def test_blocks_are_copied(filled: Target) -> None:
+    data = parameters([cscd()], [segment(0, 0, 3, 4, 40), segment(0, 0, 1, 9, 60)])
+    assert copy(filled, data) == "good"
+    expected = [*range(64)]
+    expected[40:43], expected[60] = [4, 5, 6], 9
+    assert filled.medium.data == b"".join(block(n) for n in expected)
+
+
+@pytest.mark.parametrize(("start", "to"), [(0, 5), (5, 0)])
+def test_overlapping_blocks_in_pieces(start: int, to: int) -> None:
+    """4 MiB and a bit: five pieces, the destination within the source."""
+    blocks = 8192 + 7
+    one = target(blocks=blocks + 10)
+    one.medium.data[:] = b"".join(n.to_bytes(4, "big") * 128 for n in range(blocks + 10))
+    before = bytes(one.medium.data[start * SIZE : (start + blocks) * SIZE])
+    assert copy(one, parameters([cscd()], [segment(0, 0, blocks, start, to)])) == "good"
+    assert one.medium.data[to * SIZE : (to + blocks) * SIZE] == before
+
+
+def test_the_unit_goes_by_its_t10_designator_too(filled: Target) -> None:
+    name = b"VHOSTFC SN0001"
+    one = bytes([0xE4, 0, 0, 0, 0x02, 0x01, 0, len(name)]) + name.ljust(20, b"\0") + SIZE.to_bytes(4, "big")
+    assert copy(filled, parameters([one], [segment(0, 0, 1, 1, 2)])) == "good"
+
+
+def test_nothing_to_do(filled: Target) -> None:
+    assert copy(filled, b"", 0) == "good"
+    assert copy(filled, parameters([], [])) == "good"
+    assert copy(filled, parameters([cscd(lu_id=3)], [segment(0, 0, 0, 0, 0)])) == "good"
+
+
+def test_lists_that_are_wrong(filled: Target) -> None:
+    good = parameters([cscd()], [segment(0, 0, 1, 1, 2)])
+    for length in (1, 15, 16 + 31, len(good) - 1):
+        assert copy(filled, good, length) == "5/1A/00"
+    assert copy(filled, good + bytes(1)) == "5/1A/00"
+    assert copy(filled, parameters([cscd()], [], inline=8)) == "5/26/0B"
+    assert copy(filled, parameters([cscd()] * 9, [segment(0, 0, 1, 1, 2)])) == "5/26/06"
+    assert copy(filled, parameters([cscd()], [segment(0, 0, 1, 1, 2)] * 17)) == "5/26/08"
+    assert copy(filled, parameters([cscd()] * 9, [segment(0, 0, 1, 1, 2)] * 17)) == "5/1A/00"
+    assert copy(filled, parameters([cscd(kind=0xE0)], [segment(0, 0, 1, 1, 2)])) == "5/26/07"
+    assert copy(filled, parameters([cscd()], [segment(0, 0, 1, 1, 2, kind=3)])) == "5/26/09"
+    assert copy(filled, parameters([cscd()[:31]], [])) == "5/26/00:p2"
+    assert copy(filled, parameters([cscd()], [segment(0, 0, 1, 1, 2)[:27]])) == "5/26/00:p50"
+    assert filled.effects == []
+
+
+def test_segments_that_lead_elsewhere(filled: Target) -> None:
+    other = bytes.fromhex("6001a4a000000000 0000000000000002")
+    assert copy(filled, parameters([cscd()], [segment(0, 1, 1, 1, 2)])) == "A/08/04"
+    assert copy(filled, parameters([cscd(), cscd(other)], [segment(0, 1, 1, 1, 2)])) == "A/0D/02"
+    assert copy(filled, parameters([cscd(device=5)], [segment(0, 0, 1, 1, 2)])) == "A/0D/03"
+    assert copy(filled, parameters([cscd(block=4096)], [segment(0, 0, 1, 1, 2)])) == "A/0D/03"
+    for start, to in ((0, 63), (63, 0), (2**64 - 1, 0)):
+        assert copy(filled, parameters([cscd()], [segment(0, 0, 2, start, to)])) == "A/00/00"
+    assert filled.medium.data == b"".join(block(n) for n in range(64))
+
+
+def test_copy_status(filled: Target) -> None:
+    assert filled.bad(bytes([0x84, 0, 1, *bytes(7), 0, 0, 0, 12, 0, 0])) == "5/24/00:c2"
+    copy(filled, parameters([cscd()], [segment(0, 0, 2, 1, 5), segment(0, 0, 1, 1, 9)]))
+    assert filled.bad(bytes([0x84, 0, 1, *bytes(7), 0, 0, 0, 12, 0, 0]), nexus=BOB) == "5/24/00:c2"
+    # done without errors, 2 segments, 1536 bytes
+    assert status(filled) == bytes.fromhex("00000008 01 0002 00 00000600")
+    assert filled.bad(bytes([0x84, 0, 1, *bytes(7), 0, 0, 0, 12, 0, 0])) == "5/24/00:c2", "told once"
+    filled.send(cdb(data := parameters([cscd()], [segment(0, 0, 1, 1, 5), segment(0, 1, 1, 1, 9)])), data)
+    assert status(filled) == bytes.fromhex("00000008 02 0001 00 00000200")
+    copy(filled, parameters([cscd()], [segment(0, 0, 1, 1, 5)], list_id=7, usage=3))
+    assert filled.bad(bytes([0x84, 0, 7, *bytes(7), 0, 0, 0, 12, 0, 0])) == "5/24/00:c2", "nobody wanted it kept"
+
+
+def test_operating_parameters_and_page_8f_say_the_same(filled: Target) -> None:
+    # SNLID; 8 CSCDs, 16 segments, 704 bytes; 65535 blocks a segment; one copy at a time; the two descriptors
+    data = filled.good("84 03" + "00" * 8 + "00000100 0000")
+    assert data == bytes.fromhex(
+        "0000002a 01 000000 0008 0010 000002c0 01fffe00 00000000 00000000 00000000 0000 0001 01 00 00 00 000000 02 02e4"
+    )
+    assert filled.good("12 01 8f 00 ff 00") == bytes.fromhex(
+        "00 8f 0060"
+        "0001 0008 07 8301008402 0003"
+        "0004 001c 00000000 0008 0010 000002c0 00000000" + "00" * 12 + "0008 0004 02 02e4 00"
+        "000c 0004 0000 0000"
+        "8001 0020 00000001 00000001 01fffe00 00 00" + "00" * 18
+    )
+
+
+def test_a_write_protected_unit_is_not_copied_to() -> None:
+    one = target(read_only=True)
+    data = parameters([cscd()], [segment(0, 0, 1, 1, 2)])
+    assert copy(one, data) == "7/27/00"

@@ -1,0 +1,195 @@
+"""EXTENDED COPY(LID1) and RECEIVE COPY RESULTS (SPC-4 6.4, 6.20, 6.22): the array copies blocks within one unit.
+
+Block to block segments (02h) between designated units (E4h) are done, and the unit that is asked must be
+source and destination: it owns no way to another one, and says so (COPY TARGET DEVICE NOT REACHABLE).
+A segment is copied piece by piece.  Each piece is atomic to everybody else; the segment is not, which
+is what the standard asks for.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from typing import Protocol
+
+from vhostfc.scsi import cdb as fields
+from vhostfc.scsi.cdb import Command
+from vhostfc.scsi.inquiry import (
+    COPY_DESCRIPTORS,
+    MAX_COPY_LIST,
+    MAX_CSCDS,
+    MAX_SEGMENTS,
+    Identity,
+    designators,
+)
+from vhostfc.scsi.mode import ModePages
+from vhostfc.scsi.sense import Asc, CheckCondition, Sense, SenseKey, illegal, invalid_cdb, invalid_parameter
+from vhostfc.scsi.task import Nexus, Read, ScsiResult, Steps, Task, Write
+
+_HEADER, _CSCD, _SEGMENT = 16, 32, 28
+_IDENTIFICATION, _BLOCK_TO_BLOCK = 0xE4, 0x02
+#: How much is copied at a time.
+_PIECE_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class _Segment:
+    """A block to block copy between CSCD descriptors, by their indexes."""
+
+    source: int
+    destination: int
+    blocks: int
+    from_lba: int
+    to_lba: int
+
+
+class Copies:
+    """How the last copy of each nexus ended, for COPY STATUS: (LIST IDENTIFIER, parameter data)."""
+
+    def __init__(self) -> None:
+        self._ended: dict[Nexus, tuple[int, bytes]] = {}
+
+    def note(self, nexus: Nexus, list_id: int, segments: int, moved: int, *, failed: bool) -> None:
+        """moved: bytes."""
+        data = struct.pack("!IBHBI", 8, 0x02 if failed else 0x01, segments, 0, min(moved, 0xFFFFFFFF))
+        self._ended[nexus] = (list_id, data)
+
+    def take(self, nexus: Nexus, list_id: int) -> bytes:
+        """Raises CheckCondition: no copy with this identifier ended (or it was told already)."""
+        known, data = self._ended.get(nexus, (-1, b""))
+        if known != list_id:
+            raise invalid_cdb(2)
+        del self._ended[nexus]
+        return data
+
+    def forget(self, nexus: Nexus) -> None:
+        self._ended.pop(nexus, None)
+
+
+class Unit(Protocol):
+    """What these commands need of their unit."""
+
+    @property
+    def identity(self) -> Identity: ...
+    @property
+    def blocks(self) -> int: ...
+    @property
+    def mode(self) -> ModePages: ...
+    @property
+    def copies(self) -> Copies: ...
+
+
+def _aborted(asc: Asc = Asc.NO_ADDITIONAL_SENSE_INFORMATION) -> CheckCondition:
+    return CheckCondition(Sense(SenseKey.COPY_ABORTED, asc))
+
+
+def extended_copy(unit: Unit, _command: Command, task: Task) -> Steps:
+    """EXTENDED COPY(LID1): the list is checked whole before the first segment is copied."""
+    length = fields.number(task.cdb, 10, 13)
+    if not length:
+        return ScsiResult()
+    data = task.data_out[:length]
+    cscds, segments = _parse(data, length)
+    list_id, keep = data[0], data[1] >> 3 & 0x03 == 0x00  # LIST ID USAGE: hold the results
+    done = moved = 0
+    try:
+        for segment in segments:
+            _check(unit, cscds, segment)
+            for start, count in _pieces(unit, segment):
+                piece = yield Read(segment.from_lba + start, count)
+                assert isinstance(piece, bytes | bytearray | memoryview)
+                yield Write(segment.to_lba + start, bytes(piece), fua=not unit.mode.write_cache)
+                moved += len(piece)
+            done += 1
+    finally:
+        if keep:
+            unit.copies.note(task.nexus, list_id, done, moved, failed=done < len(segments))
+    return ScsiResult()
+
+
+def _parse(data: bytes, length: int) -> tuple[list[bytes], list[_Segment]]:
+    """The CSCD descriptors and the segments of a parameter list (SPC-4 6.4.3)."""
+    if len(data) < length or length < _HEADER:
+        raise illegal(Asc.PARAMETER_LIST_LENGTH_ERROR)
+    targets, parts = fields.number(data, 2, 3), fields.number(data, 8, 11)
+    inline = fields.number(data, 12, 15)
+    if _HEADER + targets + parts + inline != length or targets + parts > MAX_COPY_LIST:
+        raise illegal(Asc.PARAMETER_LIST_LENGTH_ERROR)
+    if inline:
+        raise illegal(Asc.INLINE_DATA_LENGTH_EXCEEDED)
+    if targets % _CSCD:
+        raise invalid_parameter(2)
+    if targets > MAX_CSCDS * _CSCD:
+        raise illegal(Asc.TOO_MANY_TARGET_DESCRIPTORS)
+    cscds = [data[at : at + _CSCD] for at in range(_HEADER, _HEADER + targets, _CSCD)]
+    if any(one[0] != _IDENTIFICATION for one in cscds):
+        raise illegal(Asc.UNSUPPORTED_TARGET_DESCRIPTOR_TYPE_CODE)
+    if parts > MAX_SEGMENTS * _SEGMENT:
+        raise illegal(Asc.TOO_MANY_SEGMENT_DESCRIPTORS)
+    segments = []
+    for at in range(_HEADER + targets, length, _SEGMENT):
+        if data[at] != _BLOCK_TO_BLOCK:
+            raise illegal(Asc.UNSUPPORTED_SEGMENT_DESCRIPTOR_TYPE_CODE)
+        if at + _SEGMENT > length or fields.number(data, at + 2, at + 3) != _SEGMENT - 4:
+            raise invalid_parameter(at + 2)
+        segments.append(_Segment(*struct.unpack_from("!HHxxHQQ", data, at + 4)))
+    return cscds, segments
+
+
+def _check(unit: Unit, cscds: list[bytes], segment: _Segment) -> None:
+    """Raises unless the segment leads from this unit to this unit, and stays within it."""
+    for index in (segment.source, segment.destination):
+        if index >= len(cscds):
+            raise _aborted(Asc.UNREACHABLE_COPY_TARGET)
+        one = cscds[index]
+        if one[1] & 0x1F or fields.number(one, 29, 31) not in (0, unit.identity.block_size):
+            raise _aborted(Asc.INCORRECT_COPY_TARGET_DEVICE_TYPE)
+        wanted = bytes([one[4] & 0x0F, one[5] & 0x3F, 0, min(one[7], 20)]) + one[8 : 8 + min(one[7], 20)]
+        if wanted not in _own(unit.identity):
+            raise _aborted(Asc.COPY_TARGET_DEVICE_NOT_REACHABLE)
+    for lba in (segment.from_lba, segment.to_lba):
+        if segment.blocks > unit.blocks or lba > unit.blocks - segment.blocks:
+            raise _aborted()
+
+
+def _own(identity: Identity) -> set[bytes]:
+    """The designators by which the unit is known, cut to the 20 bytes that a CSCD descriptor has room for."""
+    data, found = designators(identity, 0), set()
+    while data:
+        size = 4 + data[3]
+        if not data[1] & 0x30:  # associated with the logical unit
+            found.add(data[:3] + bytes([min(data[3], 20)]) + data[4 : min(size, 24)])
+        data = data[size:]
+    return found
+
+
+def _pieces(unit: Unit, segment: _Segment) -> list[tuple[int, int]]:
+    """(offset, blocks); from the end when the destination begins within the source."""
+    most = _PIECE_BYTES // unit.identity.block_size
+    pieces = [(start, min(most, segment.blocks - start)) for start in range(0, segment.blocks, most)]
+    return pieces[::-1] if segment.to_lba > segment.from_lba else pieces
+
+
+def copy_status(unit: Unit, _command: Command, task: Task) -> Steps:
+    """RECEIVE COPY RESULTS, COPY STATUS: of a copy that has ended, once."""
+    yield from ()
+    data = unit.copies.take(task.nexus, task.cdb[2])
+    return ScsiResult(data_in=data[: fields.number(task.cdb, 10, 13)])
+
+
+def operating_parameters(unit: Unit, _command: Command, task: Task) -> Steps:
+    """RECEIVE COPY RESULTS, OPERATING PARAMETERS (SPC-4 table 174)."""
+    yield from ()
+    body = struct.pack("!B3xHHI", 1, MAX_CSCDS, MAX_SEGMENTS, MAX_COPY_LIST)  # SNLID: no list identifier is fine
+    body += struct.pack("!III", 0xFFFF * unit.identity.block_size, 0, 0)  # segment, inline, held
+    body += struct.pack("!I2xHB3B3x", 0, 1, 1, 0, 0, 0)
+    body += bytes([len(COPY_DESCRIPTORS), *COPY_DESCRIPTORS])
+    data = struct.pack("!I", len(body)) + body
+    return ScsiResult(data_in=data[: fields.number(task.cdb, 10, 13)])
+
+
+HANDLERS = {
+    fields.EXTENDED_COPY: extended_copy,
+    fields.RECEIVE_COPY_STATUS: copy_status,
+    fields.RECEIVE_COPY_OPERATING_PARAMETERS: operating_parameters,
+}
