@@ -1,0 +1,436 @@
+"""Common Transport and the name server's requests (FC-GS-6 clause 4 and 5.2).
+
+A CT_IU is a 16-byte preamble that names the server and the command, and a body.  The name server
+is where N_Ports register who they are and ask who else is there; requests go to FFFFFCh with R_CTL
+02h, replies come with 03h.  A reply can only be read with its request in mind, so the bodies of
+accepts have codecs of their own at the end of this file.
+"""
+
+from __future__ import annotations
+
+import enum
+import struct
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Self
+
+from vhostfc.fc.els import describe
+from vhostfc.fc.frame import (
+    F_CTL_REQUEST,
+    FcType,
+    Frame,
+    FrameError,
+    RCtl,
+    pack_id,
+    unpack_id,
+)
+from vhostfc.fc.wwn import Wwn
+
+DIRECTORY_SERVICE = 0xFC
+NAME_SERVER = 0x02
+_PREAMBLE = struct.Struct("!B3sBBBxHHxBBB")
+PREAMBLE_LENGTH = _PREAMBLE.size
+
+
+class Ct(enum.IntEnum):
+    """Command and response codes (FC-GS-6 tables 6 and 20)."""
+
+    REJECT = 0x8001
+    ACCEPT = 0x8002
+    GA_NXT = 0x0100
+    GPN_ID = 0x0112
+    GNN_ID = 0x0113
+    GID_PN = 0x0121
+    GID_FT = 0x0171
+    GPN_FT = 0x0172
+    RNN_ID = 0x0213
+    RFT_ID = 0x0217
+    RSPN_ID = 0x0218
+    RFF_ID = 0x021F
+    RSNN_NN = 0x0239
+    DA_ID = 0x0300
+
+
+class Reason(enum.IntEnum):
+    """Reject_CT_IU reason codes (FC-GS-6 table 9)."""
+
+    INVALID_COMMAND = 0x01
+    INVALID_VERSION = 0x02
+    LOGICAL_ERROR = 0x03
+    INVALID_SIZE = 0x04
+    LOGICAL_BUSY = 0x05
+    PROTOCOL_ERROR = 0x07
+    UNABLE_TO_PERFORM = 0x09
+    NOT_SUPPORTED = 0x0B
+
+
+class Explanation(enum.IntEnum):
+    """The name server's reason code explanations (FC-GS-6 table 22)."""
+
+    NONE = 0x00
+    PORT_ID_NOT_REGISTERED = 0x01
+    PORT_NAME_NOT_REGISTERED = 0x02
+    NODE_NAME_NOT_REGISTERED = 0x03
+    FC4_TYPES_NOT_REGISTERED = 0x07
+    ACCESS_DENIED = 0x11
+    UNACCEPTABLE_PORT_ID = 0x12
+    DATABASE_EMPTY = 0x13
+    NO_OBJECT_IN_SCOPE = 0x14
+
+
+class CtError(FrameError):
+    """A request that cannot be read; reason and explanation are what its Reject_CT_IU shall say."""
+
+    def __init__(self, message: str, reason: Reason, explanation: Explanation = Explanation.NONE) -> None:
+        super().__init__(message)
+        self.reason = reason
+        self.explanation = explanation
+
+
+@dataclass(frozen=True, slots=True)
+class CtIu:
+    """A CT information unit.  code: a Ct; size: most words of body that a request accepts, residual in a reply."""
+
+    code: int
+    body: bytes = b""
+    reason: int = 0
+    explanation: int = 0
+    vendor: int = 0
+    size: int = 0
+    fs_type: int = DIRECTORY_SERVICE
+    fs_subtype: int = NAME_SERVER
+    options: int = 0
+    in_id: int = 0
+    revision: int = 1
+
+    def pack(self) -> bytes:
+        return (
+            _PREAMBLE.pack(
+                self.revision,
+                pack_id(self.in_id),
+                self.fs_type,
+                self.fs_subtype,
+                self.options,
+                self.code,
+                self.size,
+                self.reason,
+                self.explanation,
+                self.vendor,
+            )
+            + self.body
+        )
+
+    @classmethod
+    def unpack(cls, payload: bytes) -> Self:
+        """Raises FrameError when there is not even a preamble."""
+        if len(payload) < PREAMBLE_LENGTH:
+            raise FrameError(f"a CT_IU of {len(payload)} bytes, {PREAMBLE_LENGTH} are the least")
+        revision, in_id, fs_type, fs_subtype, options, code, size, reason, explanation, vendor = _PREAMBLE.unpack_from(
+            payload
+        )
+        return cls(
+            code=code,
+            body=payload[PREAMBLE_LENGTH:],
+            reason=reason,
+            explanation=explanation,
+            vendor=vendor,
+            size=size,
+            fs_type=fs_type,
+            fs_subtype=fs_subtype,
+            options=options,
+            in_id=unpack_id(in_id),
+            revision=revision,
+        )
+
+    @property
+    def accepted(self) -> bool:
+        return self.code == Ct.ACCEPT
+
+    def __str__(self) -> str:
+        if self.code == Ct.REJECT:
+            return f"reason {describe(self.reason, Reason)}, explanation {describe(self.explanation, Explanation)}"
+        return describe(self.code, Ct)
+
+
+def accept(body: bytes = b"") -> CtIu:
+    return CtIu(Ct.ACCEPT, body)
+
+
+def reject(reason: int, explanation: int = Explanation.NONE) -> CtIu:
+    return CtIu(Ct.REJECT, reason=reason, explanation=explanation)
+
+
+def ct_request(s_id: int, d_id: int, ox_id: int, payload: bytes) -> Frame:
+    """A CT request in one frame."""
+    return Frame(RCtl.DATA_UNSOLICITED_CONTROL, d_id, s_id, FcType.CT, F_CTL_REQUEST, ox_id, payload=payload)
+
+
+# ---------------------------------------------------------------- requests
+
+
+@dataclass(frozen=True, slots=True)
+class ByPortId:
+    """GA_NXT, GPN_ID, GNN_ID and DA_ID: a command and an N_Port_ID."""
+
+    command: int
+    port_id: int
+
+    def pack(self) -> bytes:
+        return CtIu(self.command, b"\0" + pack_id(self.port_id)).pack()
+
+
+@dataclass(frozen=True, slots=True)
+class GidPn:
+    """Get the N_Port_ID of a Port_Name."""
+
+    wwpn: Wwn
+
+    def pack(self) -> bytes:
+        return CtIu(Ct.GID_PN, self.wwpn.pack()).pack()
+
+
+@dataclass(frozen=True, slots=True)
+class ByFc4Type:
+    """GID_FT and GPN_FT: every port of an FC-4 type; domain and area 0 mean all of the fabric."""
+
+    command: int
+    fc4_type: int = FcType.FCP
+    domain: int = 0
+    area: int = 0
+
+    def pack(self) -> bytes:
+        return CtIu(self.command, bytes([0, self.domain, self.area, self.fc4_type])).pack()
+
+
+@dataclass(frozen=True, slots=True)
+class RnnId:
+    """Register the Node_Name of a port."""
+
+    port_id: int
+    wwnn: Wwn
+
+    def pack(self) -> bytes:
+        return CtIu(Ct.RNN_ID, b"\0" + pack_id(self.port_id) + self.wwnn.pack()).pack()
+
+
+@dataclass(frozen=True, slots=True)
+class RftId:
+    """Register the FC-4 types of a port."""
+
+    port_id: int
+    types: frozenset[int]
+
+    def pack(self) -> bytes:
+        return CtIu(Ct.RFT_ID, b"\0" + pack_id(self.port_id) + pack_types(self.types)).pack()
+
+
+class Fc4Feature(enum.IntFlag):
+    """FC-4 features of FCP (FCP-4 5.3)."""
+
+    TARGET = 1
+    INITIATOR = 2
+
+
+@dataclass(frozen=True, slots=True)
+class RffId:
+    """Register the features of a port for one FC-4 type."""
+
+    port_id: int
+    features: int
+    fc4_type: int = FcType.FCP
+
+    def pack(self) -> bytes:
+        return CtIu(Ct.RFF_ID, b"\0" + pack_id(self.port_id) + bytes([0, 0, self.features, self.fc4_type])).pack()
+
+
+@dataclass(frozen=True, slots=True)
+class RspnId:
+    """Register the symbolic name of a port; at most 255 bytes of it count."""
+
+    port_id: int
+    name: bytes
+
+    def pack(self) -> bytes:
+        return CtIu(Ct.RSPN_ID, b"\0" + pack_id(self.port_id) + _counted(self.name)).pack()
+
+
+@dataclass(frozen=True, slots=True)
+class RsnnNn:
+    """Register the symbolic name of a node; at most 255 bytes of it count."""
+
+    wwnn: Wwn
+    name: bytes
+
+    def pack(self) -> bytes:
+        return CtIu(Ct.RSNN_NN, self.wwnn.pack() + _counted(self.name)).pack()
+
+
+Request = ByPortId | GidPn | ByFc4Type | RnnId | RftId | RffId | RspnId | RsnnNn
+
+#: The shortest body of each request.
+_LENGTHS = {
+    Ct.GA_NXT: 4,
+    Ct.GPN_ID: 4,
+    Ct.GNN_ID: 4,
+    Ct.DA_ID: 4,
+    Ct.GID_PN: 8,
+    Ct.GID_FT: 4,
+    Ct.GPN_FT: 4,
+    Ct.RNN_ID: 12,
+    Ct.RFT_ID: 36,
+    Ct.RFF_ID: 8,
+    Ct.RSPN_ID: 5,
+    Ct.RSNN_NN: 9,
+}
+
+
+def parse_request(payload: bytes) -> Request:
+    """A request to the name server.
+
+    Raises CtError, with what the Reject_CT_IU shall say, for another server, a command that is not
+    known or a body that is too short; FrameError when there is no CT_IU at all.
+    """
+    iu = CtIu.unpack(payload)
+    if (iu.fs_type, iu.fs_subtype) != (DIRECTORY_SERVICE, NAME_SERVER):
+        raise CtError(f"CT server {iu.fs_type:02x}/{iu.fs_subtype:02x} is not here", Reason.NOT_SUPPORTED)
+    try:
+        code = Ct(iu.code)
+        length = _LENGTHS[code]
+    except (ValueError, KeyError):
+        raise CtError(f"CT command {iu.code:#06x} is not known", Reason.NOT_SUPPORTED) from None
+    body = iu.body
+    if len(body) < length:
+        raise CtError(f"{code.name} with {len(body)} bytes, {length} are the least", Reason.INVALID_SIZE)
+    port_id = unpack_id(body[1:4])
+    match code:
+        case Ct.GID_PN:
+            return GidPn(Wwn.unpack(body[:8]))
+        case Ct.GID_FT | Ct.GPN_FT:
+            return ByFc4Type(code, fc4_type=body[3], domain=body[1], area=body[2])
+        case Ct.RNN_ID:
+            return RnnId(port_id, Wwn.unpack(body[4:12]))
+        case Ct.RFT_ID:
+            return RftId(port_id, unpack_types(body[4:36]))
+        case Ct.RFF_ID:
+            return RffId(port_id, features=body[6], fc4_type=body[7])
+        case Ct.RSPN_ID:
+            return RspnId(port_id, _uncounted(body[4:], code))
+        case Ct.RSNN_NN:
+            return RsnnNn(Wwn.unpack(body[:8]), _uncounted(body[8:], code))
+        case _:
+            return ByPortId(code, port_id)
+
+
+def _counted(text: bytes) -> bytes:
+    return bytes([min(len(text), 255)]) + text[:255]
+
+
+def _uncounted(data: bytes, code: Ct) -> bytes:
+    if len(data) < 1 + data[0]:
+        raise CtError(f"{code.name}: a name of {data[0]} bytes in {len(data)}", Reason.INVALID_SIZE)
+    return data[1 : 1 + data[0]]
+
+
+# ---------------------------------------------------------------- bodies of requests and accepts
+
+
+def pack_types(types: Iterable[int]) -> bytes:
+    """An FC-4 TYPEs object: bit t%32 of word t//32 (FC-GS-6 5.2.3.8)."""
+    words = [0] * 8
+    for fc4_type in types:
+        words[fc4_type // 32] |= 1 << fc4_type % 32
+    return struct.pack("!8I", *words)
+
+
+def unpack_types(data: bytes) -> frozenset[int]:
+    words = struct.unpack("!8I", data)
+    return frozenset(t for t in range(256) if words[t // 32] >> t % 32 & 1)
+
+
+_LAST = 0x80
+
+
+def pack_port_ids(ports: Sequence[int]) -> bytes:
+    """The accept of GID_FT; the last entry is marked, an initiator stops reading there."""
+    return b"".join(bytes([_LAST * (i == len(ports) - 1)]) + pack_id(port) for i, port in enumerate(ports))
+
+
+def unpack_port_ids(body: bytes) -> list[int]:
+    """Raises FrameError when no entry is the last."""
+    return [unpack_id(entry[1:4]) for entry in _entries(body, 4)]
+
+
+def pack_port_names(ports: Sequence[tuple[int, Wwn]]) -> bytes:
+    """The accept of GPN_FT: N_Port_IDs and Port_Names."""
+    return b"".join(
+        bytes([_LAST * (i == len(ports) - 1)]) + pack_id(port) + bytes(4) + name.pack()
+        for i, (port, name) in enumerate(ports)
+    )
+
+
+def unpack_port_names(body: bytes) -> list[tuple[int, Wwn]]:
+    """Raises FrameError when no entry is the last."""
+    return [(unpack_id(entry[1:4]), Wwn.unpack(entry[8:16])) for entry in _entries(body, 16)]
+
+
+def _entries(body: bytes, size: int) -> list[bytes]:
+    entries = []
+    for start in range(0, len(body) - size + 1, size):
+        entries.append(body[start : start + size])
+        if body[start] & _LAST:
+            return entries
+    raise FrameError(f"a list of {len(body)} bytes without a last entry")
+
+
+_UNNAMED = Wwn(0)
+_GA_NXT = struct.Struct("!B3s8s256s8s256s8x16xI32s16x8sx3s")
+
+
+@dataclass(frozen=True, slots=True)
+class PortEntry:
+    """All that the name server knows of a port: the accept of GA_NXT (FC-GS-6 5.2.5.2).
+
+    port_type: 1 is an N_Port.  classes: a bit per class of service, class 3 is 8.
+    """
+
+    port_id: int
+    wwpn: Wwn
+    wwnn: Wwn
+    types: frozenset[int] = frozenset()
+    port_symbolic_name: bytes = b""
+    node_symbolic_name: bytes = b""
+    fabric_port_name: Wwn = _UNNAMED
+    port_type: int = 1
+    classes: int = 8
+
+    def pack(self) -> bytes:
+        return _GA_NXT.pack(
+            self.port_type,
+            pack_id(self.port_id),
+            self.wwpn.pack(),
+            _counted(self.port_symbolic_name),
+            self.wwnn.pack(),
+            _counted(self.node_symbolic_name),
+            self.classes,
+            pack_types(self.types),
+            self.fabric_port_name.pack(),
+            bytes(3),
+        )
+
+    @classmethod
+    def unpack(cls, body: bytes) -> Self:
+        """Raises FrameError when the body is too short."""
+        if len(body) < _GA_NXT.size:
+            raise FrameError(f"an accept of GA_NXT with {len(body)} bytes, {_GA_NXT.size} are the least")
+        port_type, port_id, wwpn, port_name, wwnn, node_name, classes, types, fabric_port, _ = _GA_NXT.unpack_from(body)
+        return cls(
+            port_id=unpack_id(port_id),
+            wwpn=Wwn.unpack(wwpn),
+            wwnn=Wwn.unpack(wwnn),
+            types=unpack_types(types),
+            port_symbolic_name=_uncounted(port_name, Ct.GA_NXT),
+            node_symbolic_name=_uncounted(node_name, Ct.GA_NXT),
+            fabric_port_name=Wwn.unpack(fabric_port),
+            port_type=port_type,
+            classes=classes,
+        )
