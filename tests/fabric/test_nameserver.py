@@ -1,0 +1,97 @@
+"""The name server: what a port registers, what others may ask, what zones hide."""
+
+from __future__ import annotations
+
+import pytest
+
+from vhostfc.fabric.nameserver import Entry, NameServer
+from vhostfc.fabric.zoning import Zone, Zoning
+from vhostfc.fc import ct
+from vhostfc.fc.ct import Ct, CtIu, Explanation, Reason
+from vhostfc.fc.frame import FcType, FrameError
+from vhostfc.fc.wwn import Wwn
+
+HOST, ARRAY, OTHER = Wwn(0x5001 << 48 | 1), Wwn(0x5006 << 48 | 1), Wwn(0x5006 << 48 | 2)
+F_PORT = Wwn(0x2001 << 48)
+
+
+@pytest.fixture
+def names() -> NameServer:
+    names = NameServer()
+    for port_id, wwpn in ((0x010101, HOST), (0x010202, ARRAY), (0x010303, OTHER)):
+        names.add(Entry(port_id, wwpn, Wwn(wwpn + 0x100), F_PORT))
+    for port_id in (0x010202, 0x010303):
+        ask(names, ct.RftId(port_id, frozenset({FcType.FCP})), port_id)
+        ask(names, ct.RffId(port_id, ct.Fc4Feature.TARGET), port_id)
+    return names
+
+
+def ask(names: NameServer, request: ct.Request, asker: int = 0x010101, zoning: Zoning | None = None) -> CtIu:
+    return names.answer(asker, request.pack(), (zoning or Zoning()).visible).iu
+
+
+def test_gpn_ft_lists_the_ports_of_a_type_and_marks_the_last(names: NameServer) -> None:
+    ports = ct.unpack_port_names(ask(names, ct.ByFc4Type(Ct.GPN_FT)).body)
+    assert ports == [(0x010202, ARRAY), (0x010303, OTHER)]
+    assert ct.unpack_port_ids(ask(names, ct.ByFc4Type(Ct.GID_FT, area=2)).body) == [0x010202]
+
+
+def test_zones_hide_ports_from_every_query(names: NameServer) -> None:
+    zoning = Zoning([Zone("z", frozenset({HOST, ARRAY}))])
+    assert ct.unpack_port_names(ask(names, ct.ByFc4Type(Ct.GPN_FT), zoning=zoning).body) == [(0x010202, ARRAY)]
+    assert ask(names, ct.ByPortId(Ct.GPN_ID, 0x010202), zoning=zoning).body == ARRAY.pack()
+    hidden = ct.reject(Reason.UNABLE_TO_PERFORM, Explanation.PORT_ID_NOT_REGISTERED)
+    assert ask(names, ct.ByPortId(Ct.GPN_ID, 0x010303), zoning=zoning) == hidden
+    assert not ask(names, ct.GidPn(OTHER), zoning=zoning).accepted
+
+
+def test_no_port_of_that_type_is_a_reject_that_initiators_take_for_an_empty_list(names: NameServer) -> None:
+    answer = ask(names, ct.ByFc4Type(Ct.GPN_FT, fc4_type=0x28))
+    assert (answer.reason, answer.explanation) == (0x09, 0x07)
+
+
+def test_names_and_ids_lead_to_each_other(names: NameServer) -> None:
+    assert ask(names, ct.GidPn(ARRAY)).body == bytes.fromhex("00010202")
+    assert ask(names, ct.ByPortId(Ct.GNN_ID, 0x010202)).body == Wwn(ARRAY + 0x100).pack()
+
+
+def test_ga_nxt_walks_in_a_circle(names: NameServer) -> None:
+    seen = [0x010101]
+    for _ in range(3):
+        seen.append(ct.PortEntry.unpack(ask(names, ct.ByPortId(Ct.GA_NXT, seen[-1])).body).port_id)
+    assert seen == [0x010101, 0x010202, 0x010303, 0x010101]
+
+
+def test_symbolic_names_are_kept(names: NameServer) -> None:
+    assert ask(names, ct.RspnId(0x010101, b"vm1")).accepted
+    assert ask(names, ct.RsnnNn(Wwn(HOST + 0x100), b"host")).accepted
+    entry = ct.PortEntry.unpack(ask(names, ct.ByPortId(Ct.GA_NXT, 0)).body)
+    assert (entry.wwpn, entry.port_symbolic_name, entry.node_symbolic_name) == (HOST, b"vm1", b"host")
+
+
+def test_a_port_registers_for_itself_only(names: NameServer) -> None:
+    refused = ct.reject(Reason.UNABLE_TO_PERFORM, Explanation.UNACCEPTABLE_PORT_ID)
+    assert ask(names, ct.RffId(0x010202, 2)) == refused
+    assert ask(names, ct.RnnId(0x010202, HOST)) == refused
+    assert not ask(names, ct.RsnnNn(ARRAY, b"x")).accepted
+
+
+def test_a_change_of_what_a_port_is_is_reported_once(names: NameServer) -> None:
+    register = ct.RffId(0x010101, ct.Fc4Feature.INITIATOR).pack()
+    first = names.answer(0x010101, register, Zoning().visible)
+    assert first.changed is names.entries[0x010101]
+    assert names.answer(0x010101, register, Zoning().visible).changed is None
+
+
+def test_da_id_forgets_what_was_registered(names: NameServer) -> None:
+    assert ask(names, ct.ByPortId(Ct.DA_ID, 0x010202), asker=0x010202).accepted
+    assert ct.unpack_port_ids(ask(names, ct.ByFc4Type(Ct.GID_FT)).body) == [0x010303]
+    assert not ask(names, ct.ByPortId(Ct.DA_ID, 0x010303)).accepted
+
+
+def test_what_cannot_be_read_is_rejected_with_its_reason(names: NameServer) -> None:
+    visible = Zoning().visible
+    assert names.answer(0x010101, CtIu(0x0555).pack(), visible).iu.reason == Reason.NOT_SUPPORTED
+    assert names.answer(0x010101, CtIu(Ct.GPN_ID, b"\0").pack(), visible).iu.reason == Reason.INVALID_SIZE
+    with pytest.raises(FrameError):
+        names.answer(0x010101, b"\1\2", visible)

@@ -1,0 +1,397 @@
+"""A target port of an array: FC's side of it, from PLOGI to FCP_RSP.  Pure.
+
+It knows who is logged in, keeps the exchanges, gathers the data of writes in bursts, and hands what
+is complete to a runner through two queues: `rations` for commands, `urgent` for what must not wait
+behind them (task management, aborts, lost logins).  The runner gives results back with finish().
+
+Exchanges are known by (S_ID, OX_ID): several N_Ports may share one space of identifiers.
+"""
+
+from __future__ import annotations
+
+import enum
+import itertools
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+from vhostfc.fabric.rations import Rations
+from vhostfc.fc import bls, els
+from vhostfc.fc.els import Els, ElsError, Explanation, FcpService, LsRjt, Prli, PrliPage, Reason
+from vhostfc.fc.fcp import FcpCmnd, FcpRsp, FcpXferRdy, ResponseCode, rsp_frame, xfer_rdy_frame
+from vhostfc.fc.frame import FCtl, FcType, Frame, FrameError, RCtl, els_reply, els_request
+from vhostfc.fc.login import MIN_PAYLOAD, Login
+from vhostfc.fc.sequence import DataBuffer, data_payload, target_data
+from vhostfc.fc.wwn import Wwn
+from vhostfc.scsi.sense import Asc, Sense, SenseKey
+from vhostfc.scsi.task import Nexus, ScsiResult, Status
+
+#: Bytes that one FCP_XFER_RDY asks for; lossy attachments bear no more (an FCoE link drops what overflows).
+BURST = 64 << 10
+#: The most data-out of one command: the transfer limit of page B0h with room to spare.
+MAX_DATA_OUT = 40 << 20
+
+_TOO_LONG = ScsiResult(
+    Status.CHECK_CONDITION,
+    Sense(SenseKey.ILLEGAL_REQUEST, Asc.INVALID_FIELD_IN_COMMAND_INFORMATION_UNIT).encode(),
+)
+
+
+class State(enum.Enum):
+    """Where an exchange is."""
+
+    DATA = "waiting for data"
+    WAITING = "waiting to be run"
+    RUNNING = "running"
+    ENDED = "ended"
+
+
+@dataclass(eq=False, slots=True)
+class Session:
+    """A login of an N_Port with us.  image: PRLI was done; nexus: as the device server knows the I_T nexus."""
+
+    port_id: int
+    wwpn: Wwn
+    nexus: Nexus
+    payload_size: int
+    image: bool = False
+    exchanges: dict[int, Exchange] = field(default_factory=dict)
+
+
+@dataclass(eq=False, slots=True)
+class Exchange:
+    """An FCP exchange: a command, or a task management function.  size: what it counts against the ration."""
+
+    target: TargetPort
+    session: Session
+    frame: Frame
+    cmnd: FcpCmnd
+    rx_id: int
+    state: State = State.RUNNING
+    size: int = 0
+    admitted: bool = False
+    data: DataBuffer | None = None
+    asked: int = 0  # bytes of data that XFER_RDYs have asked for
+    seq_id: int = 0
+
+    def next_seq(self) -> int:
+        self.seq_id = (self.seq_id + 1) & 0xFF
+        return self.seq_id
+
+    @property
+    def data_out(self) -> bytes:
+        return self.data.take() if self.data else b""
+
+    @property
+    def data_in_length(self) -> int:
+        """Bytes that the initiator has room for."""
+        if not self.cmnd.read:
+            return 0
+        return self.cmnd.bidirectional_read_length if self.cmnd.write else self.cmnd.data_length
+
+
+@dataclass(frozen=True, slots=True)
+class Manage:
+    """A task management function to run; its exchange gets a response with respond()."""
+
+    exchange: Exchange
+
+
+@dataclass(frozen=True, slots=True)
+class Abort:
+    """A running command to be stopped; `reply` goes out when it cannot touch the medium any more."""
+
+    exchange: Exchange
+    reply: Frame | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """An image pair was established (PRLI): the I_T nexus is there, perhaps again."""
+
+    session: Session
+
+
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """An I_T nexus is lost."""
+
+    session: Session
+
+
+Urgent = Manage | Abort | Opened | Lost
+
+
+class TargetPort:
+    """See the head of the file.
+
+    relative: relative target port identifier.  `urgent` may be shared by several target ports, like
+    the rations: one runner serves them all.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        wwpn: Wwn,
+        wwnn: Wwn,
+        relative: int,
+        *,
+        rations: Rations[Exchange],
+        urgent: deque[Urgent],
+    ) -> None:
+        self.name = name
+        self.wwpn = wwpn
+        self.wwnn = wwnn
+        self.relative = relative
+        self.port_id = 0
+        self.rations = rations
+        self.urgent = urgent
+        self.sessions: dict[int, Session] = {}
+        self._rx_ids = itertools.cycle(range(1, 0xFFFF))
+
+    def nexus(self, wwpn: Wwn) -> Nexus:
+        """The I_T nexus of an initiator port here: its TransportID for FCP (SPC-4 7.6.4.2)."""
+        return Nexus(bytes(8) + wwpn.pack() + bytes(8), self.relative)
+
+    def session(self, wwpn: Wwn) -> Session | None:
+        """The login of this initiator port with an image pair, if there is one."""
+        return next((s for s in self.sessions.values() if s.wwpn == wwpn and s.image), None)
+
+    # ------------------------------------------------------------ the switch's side
+
+    def receive(self, frame: Frame, source: Wwn) -> Iterable[Frame]:
+        """A frame for us; returns ours.  Commands that are complete are in the queues then."""
+        if frame.r_ctl == RCtl.ELS_REQUEST and frame.type == FcType.ELS:
+            return self._els(frame, source)
+        session = self.sessions.get(frame.s_id)
+        if frame.r_ctl == RCtl.BLS_ABTS:
+            return self._abts(frame, session)
+        if frame.type != FcType.FCP or frame.from_responder:
+            return ()
+        if frame.r_ctl == RCtl.DATA_UNSOLICITED_COMMAND:
+            if session is None or not session.image:
+                return (self._logo(frame.s_id),)
+            return self._command(frame, session)
+        if frame.r_ctl == RCtl.DATA_SOLICITED and session is not None:
+            exchange = session.exchanges.get(frame.ox_id)
+            if exchange is not None and exchange.state is State.DATA:
+                return self._data(frame, exchange)
+        return ()
+
+    def forget(self, port_id: int) -> None:
+        """An implicit logout."""
+        session = self.sessions.pop(port_id, None)
+        if session is None:
+            return
+        for exchange in list(session.exchanges.values()):
+            if self.drop(exchange):
+                self.urgent.append(Abort(exchange))
+        if session.image:
+            self.urgent.append(Lost(session))
+
+    # ------------------------------------------------------------ ELS
+
+    def _els(self, frame: Frame, source: Wwn) -> Iterable[Frame]:
+        try:
+            request = els.parse_request(frame.payload)
+        except ElsError as error:
+            return (els_reply(frame, error.rejection.pack()),)
+        session = self.sessions.get(frame.s_id)
+        match request:
+            case Login(Els.PLOGI):
+                return (self._plogi(frame, request, source),)
+            case els.Echo(data):
+                return (els_reply(frame, els.Echo(data, Els.LS_ACC).pack()),)
+            case els.Rtv():
+                return (els_reply(frame, els.RtvAcc(10_000, 2_000).pack()),)
+            case els.Logo():
+                self.forget(frame.s_id)
+                return (els_reply(frame, els.LS_ACC),)
+            case _ if session is None:
+                return (_reject(frame, Reason.UNABLE_TO_PERFORM, Explanation.LOGIN_REQUIRED),)
+            case Prli(pages, Els.PRLI):
+                return (self._prli(frame, session, pages),)
+            case Prli(pages, Els.PRLO):
+                self._prlo(session)
+                gone = tuple(PrliPage(page.fc4_type, PrliPage.EXECUTED) for page in pages)
+                return (els_reply(frame, Prli(gone, Els.LS_ACC).pack()),)
+            case els.Adisc():
+                return (els_reply(frame, els.Adisc(self.wwpn, self.wwnn, self.port_id, Els.LS_ACC).pack()),)
+            case els.Rrq():
+                return (els_reply(frame, els.LS_ACC),)
+        return (_reject(frame, Reason.NOT_SUPPORTED, Explanation.NOT_SUPPORTED),)
+
+    def _plogi(self, frame: Frame, request: Login, source: Wwn) -> Frame:
+        if request.wwpn != source:
+            return _reject(frame, Reason.LOGICAL_ERROR, Explanation.INVALID_PORT_NAME)
+        if request.payload_size < MIN_PAYLOAD:
+            return _reject(frame, Reason.LOGICAL_ERROR, Explanation.RECEIVE_SIZE)
+        self.forget(frame.s_id)  # a login anew ends what the old one began (FC-LS-3 6.3.2.3)
+        self.sessions[frame.s_id] = Session(frame.s_id, source, self.nexus(source), request.payload_size)
+        return els_reply(frame, Login.plogi(self.wwpn, self.wwnn, accept=True).pack())
+
+    def _prli(self, frame: Frame, session: Session, pages: tuple[PrliPage, ...]) -> Frame:
+        answers = []
+        for page in pages:
+            if page.fc4_type != FcType.FCP or not page.parameters & FcpService.INITIATOR:
+                answers.append(PrliPage(page.fc4_type, 0x05))  # 5: no such service parameters (FC-LS-3 table 94)
+                continue
+            establish = page.flags & PrliPage.ESTABLISH
+            if establish:
+                self._prlo(session)
+                session.image = True
+                self.urgent.append(Opened(session))
+            parameters = FcpService.TARGET | FcpService.READ_XFER_RDY_DISABLED
+            answers.append(PrliPage(FcType.FCP, establish | PrliPage.EXECUTED, parameters))
+        return els_reply(frame, Prli(tuple(answers), Els.LS_ACC).pack())
+
+    def _prlo(self, session: Session) -> None:
+        """The image pair ends, the login stays."""
+        for exchange in list(session.exchanges.values()):
+            if self.drop(exchange):
+                self.urgent.append(Abort(exchange))
+        if session.image:
+            session.image = False
+            self.urgent.append(Lost(session))
+
+    def _logo(self, port_id: int) -> Frame:
+        """Whoever sends commands without a login is told so (FCP-4 4.2)."""
+        return els_request(self.port_id, port_id, next(self._rx_ids), els.Logo(self.port_id, self.wwpn).pack())
+
+    # ------------------------------------------------------------ exchanges
+
+    def _command(self, frame: Frame, session: Session) -> Iterable[Frame]:
+        try:
+            cmnd = FcpCmnd.unpack(frame.payload)
+        except FrameError:
+            # The flags are in byte 11 if anywhere; too short for them, there is nothing to answer to.
+            rsp = FcpRsp(code=ResponseCode.INVALID_CMND_FIELD)
+            return (rsp_frame(frame, next(self._rx_ids), 0, rsp),) if len(frame.payload) >= 12 else ()
+        stale = session.exchanges.get(frame.ox_id)
+        if stale is not None and self.drop(stale):  # its originator has given it up, without a word
+            self.urgent.append(Abort(stale))
+        exchange = Exchange(self, session, frame, cmnd, next(self._rx_ids))
+        session.exchanges[frame.ox_id] = exchange
+        if cmnd.tm_flags:
+            if cmnd.tm_flags & cmnd.tm_flags - 1:
+                return self.respond(exchange, ResponseCode.INVALID_CMND_FIELD)
+            self.urgent.append(Manage(exchange))
+            return ()
+        if cmnd.write and cmnd.data_length > MAX_DATA_OUT:
+            return self.finish(exchange, _TOO_LONG)
+        exchange.size = (cmnd.data_length if cmnd.write else 0) + min(exchange.data_in_length, MAX_DATA_OUT)
+        if not self.rations.admit(session.wwpn, exchange.size):
+            return self.finish(exchange, ScsiResult(Status.TASK_SET_FULL))
+        exchange.admitted = True
+        if cmnd.write and cmnd.data_length:
+            exchange.state = State.DATA
+            exchange.data = DataBuffer(cmnd.data_length)
+            return (self._ask(exchange),)
+        self._ready(exchange)
+        return ()
+
+    def _ready(self, exchange: Exchange) -> None:
+        exchange.state = State.WAITING
+        self.rations.put(exchange.session.wwpn, exchange)
+
+    def _ask(self, exchange: Exchange) -> Frame:
+        """FCP_XFER_RDY for the next burst."""
+        length = min(BURST, exchange.cmnd.data_length - exchange.asked)
+        xfer_rdy = FcpXferRdy(exchange.asked, length)
+        exchange.asked += length
+        return xfer_rdy_frame(exchange.frame, exchange.rx_id, exchange.next_seq(), xfer_rdy)
+
+    def _data(self, frame: Frame, exchange: Exchange) -> Iterable[Frame]:
+        assert exchange.data is not None
+        offset = frame.parameter if frame.f_ctl & FCtl.RELATIVE_OFFSET else exchange.data.received
+        try:
+            if offset + len(frame.payload) > exchange.asked:
+                raise FrameError(f"data beyond the {exchange.asked} bytes that were asked for")
+            exchange.data.add(offset, frame.payload)
+        except FrameError:
+            return self.respond(exchange, ResponseCode.DATA_RO_MISMATCH)
+        if not frame.ends_sequence:
+            return ()
+        if exchange.data.received < exchange.asked:
+            return self.respond(exchange, ResponseCode.DATA_LENGTH_MISMATCH)
+        if exchange.asked < exchange.cmnd.data_length:
+            return (self._ask(exchange),)
+        self._ready(exchange)
+        return ()
+
+    def _abts(self, frame: Frame, session: Session | None) -> Iterable[Frame]:
+        exchange = session.exchanges.get(frame.ox_id) if session else None
+        if exchange is None or frame.from_responder:
+            rejection = bls.BaRjt(bls.Reason.LOGICAL_ERROR, bls.Explanation.INVALID_OX_ID_RX_ID)
+            return (bls.answer(frame, rejection),)
+        reply = bls.answer(frame, bls.BaAcc(frame.ox_id, exchange.rx_id), rx_id=exchange.rx_id)
+        if not self.drop(exchange):
+            return (reply,)
+        self.urgent.append(Abort(exchange, reply))
+        return ()
+
+    # ------------------------------------------------------------ the runner's side
+
+    def begin(self, exchange: Exchange) -> None:
+        """The runner took it from the rations and runs it."""
+        exchange.state = State.RUNNING
+
+    def drop(self, exchange: Exchange) -> bool:
+        """End an exchange without an answer; True when it was running, and so is not quite gone yet."""
+        running = exchange.state is State.RUNNING
+        if exchange.state is State.WAITING:
+            self.rations.drop(exchange.session.wwpn, exchange)
+        self._end(exchange)
+        return running
+
+    def _end(self, exchange: Exchange) -> None:
+        if exchange.state is State.ENDED:
+            return
+        exchange.state = State.ENDED
+        if exchange.admitted:
+            self.rations.release(exchange.session.wwpn, exchange.size)
+        if exchange.session.exchanges.get(exchange.frame.ox_id) is exchange:
+            del exchange.session.exchanges[exchange.frame.ox_id]
+
+    def finish(self, exchange: Exchange, result: ScsiResult, moved: int | None = None) -> Iterator[Frame]:
+        """The data-in and the FCP_RSP of a command, piece by piece; nothing when it has ended meanwhile.
+
+        moved: bytes of data-out that the command had a use for; None: all that came.  The exchange
+        ends with the last frame, so that its data count against the ration until they are out.
+        """
+        if exchange.state is State.ENDED:
+            return
+        cmnd, frame = exchange.cmnd, exchange.frame
+        data = result.data_in[: exchange.data_in_length]
+        used = len(result.data_in)
+        if cmnd.write:
+            came = exchange.data.received if exchange.data else 0
+            used = came if moved is None else moved
+        if exchange.state is State.WAITING:
+            self.rations.drop(exchange.session.wwpn, exchange)
+        exchange.state = State.RUNNING
+        if data:
+            limit = data_payload(exchange.session.payload_size)
+            for one in target_data(frame, data, rx_id=exchange.rx_id, seq_id=exchange.next_seq(), limit=limit):
+                yield one
+                if exchange.state is not State.RUNNING:
+                    return
+        rsp = FcpRsp(status=result.status, residual=cmnd.data_length - used, sense=result.sense)
+        self._end(exchange)
+        yield rsp_frame(frame, exchange.rx_id, exchange.next_seq(), rsp)
+
+    def respond(self, exchange: Exchange, code: ResponseCode) -> tuple[Frame, ...]:
+        """FCP_RSP with response information: of a task management function, or of an exchange that went wrong."""
+        if exchange.state is State.ENDED:
+            return ()
+        self._end(exchange)
+        return (rsp_frame(exchange.frame, exchange.rx_id, exchange.next_seq(), FcpRsp(code=code)),)
+
+    def exchanges(self) -> Iterator[Exchange]:
+        """All that are open."""
+        for session in list(self.sessions.values()):
+            yield from list(session.exchanges.values())
+
+
+def _reject(frame: Frame, reason: Reason, explanation: Explanation) -> Frame:
+    return els_reply(frame, LsRjt(reason, explanation).pack())
