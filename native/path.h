@@ -1,0 +1,86 @@
+/*
+ * path.h - where a worker's commands go: the C mirror of the Port seam.
+ *
+ * A command knows nothing of virtio: a CDB, iovecs, an expected length, a nexus.
+ * A path takes it to its medium or device.  One engine of a kind (an io_uring, a
+ * thread pool, later an sg reactor) exists per worker and is shared by its paths.
+ *
+ * Ownership: from VFC_QUEUED until reap() returns it, the path owns the command.
+ * Bounded stop: cancel() asks; what does not come back is abandoned.  abandon()
+ * says whether the command may be answered now: it may, when nothing can write to
+ * the guest's memory (or read it late) any more, because the data was bounced.
+ */
+#ifndef VFC_PATH_H
+#define VFC_PATH_H
+#include <stdbool.h>
+#include <stdint.h>
+#include <sys/uio.h>
+
+#include "vhostfc.h"
+
+enum vfc_submit {
+	VFC_DONE = 0,		/* finished; ->error tells how */
+	VFC_QUEUED = 1,		/* reap() will return it */
+	VFC_BUSY = 2,		/* a latch or a limit: park it, try again */
+};
+
+enum vfc_op { VFC_OP_READ, VFC_OP_WRITE, VFC_OP_FLUSH };
+
+struct vfc_path_ops;
+
+/* The one engine of a kind that a worker has; each kind embeds it first. */
+struct vfc_path_engine {
+	const struct vfc_path_ops *ops;
+};
+
+/* A word of the latch that reads of this path hold together. */
+struct vfc_readers {
+	uint16_t count;		/* under way */
+	uint16_t ever;		/* since the word was taken: others want it as well, one day */
+};
+
+/* Where one route leads; embedded in the route. */
+struct vfc_path {
+	struct vfc_path_engine *engine;
+	struct vfc_medium *medium;
+	uint32_t nexus, epoch;
+	struct vfc_readers *readers;	/* by word, made when the first is needed */
+	uint32_t busy;		/* operations that may still touch the medium, abandoned ones included; the engine counts */
+};
+
+/* What a path sees of a command; embedded in the ring's pool entry. */
+struct vfc_cmd {
+	struct vfc_path *path;
+	uint8_t op;		/* enum vfc_op */
+	bool fua;
+	uint16_t cdb_length;
+	const uint8_t *cdb;
+	uint64_t lba;
+	uint32_t blocks;
+	uint32_t iov_count;
+	struct iovec *iov;	/* guest memory, data-in or data-out */
+	uint64_t length;	/* bytes = sum of iov */
+	int error;		/* 0 or -errno once finished */
+	uint32_t holder;	/* VFC_BUSY: who has the latch; 0: a limit was met */
+	uint64_t done;		/* bytes that a parked command has moved already; 0 on its first submit */
+	void *priv;		/* the path's own */
+};
+
+struct vfc_path_ops {
+	const char *name;
+	/* VFC_DONE, VFC_QUEUED or VFC_BUSY */
+	enum vfc_submit (*submit)(struct vfc_path_engine *engine, struct vfc_cmd *cmd);
+	/* hand what submit() gathered to the kernel; once a batch */
+	void (*flush)(struct vfc_path_engine *engine);
+	/* up to max finished commands */
+	unsigned (*reap)(struct vfc_path_engine *engine, struct vfc_cmd **done, unsigned max);
+	void (*cancel)(struct vfc_path_engine *engine, struct vfc_cmd *cmd);
+	/* true: the guest's memory is out of reach, the command may be answered; the path forgets it */
+	bool (*abandon)(struct vfc_path_engine *engine, struct vfc_cmd *cmd);
+	/* readable when reap() has something; -1 if it never has */
+	int (*wait_fd)(struct vfc_path_engine *engine);
+	/* nothing is under way, not even what was abandoned: the engine may be freed */
+	bool (*idle)(struct vfc_path_engine *engine);
+};
+
+#endif

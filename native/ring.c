@@ -1,0 +1,368 @@
+/*
+ * ring.c - starting, running and stopping rings, and the event ring.
+ *
+ * Stopping is bounded, because the front end's main loop waits for it: fetch nothing more, wait a while for what is
+ * in flight, then answer the rest RESET.
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <fcntl.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/epoll.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include "iov.h"
+#include "worker.h"
+
+#define VIRTIO_SCSI_F_INOUT 0
+#define VIRTIO_SCSI_F_T10_PI 3
+#define EVENT_BYTES 16	/* struct virtio_scsi_event */
+
+static void signal_fd(int fd)
+{
+	uint64_t one = 1;
+
+	/* EAGAIN: it is signalled already. */
+	if (fd >= 0)
+		(void)!write(fd, &one, sizeof(one));
+}
+
+static void replace_fd(int *at, int fd)
+{
+	if (*at >= 0)
+		close(*at);
+	*at = fd;
+	/* Whoever holds the other end must not be able to make us wait. */
+	if (fd >= 0)
+		fcntl(fd, F_SETFL, fcntl(fd, F_GETFL) | O_NONBLOCK);
+}
+
+int ring_get(struct worker *worker, uint32_t index, struct ring **ret_ring)
+{
+	struct ring *ring;
+
+	if (index >= VFC_MAX_RINGS)
+		return -EINVAL;
+	ring = worker->rings[index];
+	if (!ring) {
+		ring = calloc(1, sizeof(*ring));
+		if (!ring)
+			return -ENOMEM;
+		ring->worker = worker;
+		ring->index = index;
+		ring->kick_fd = ring->call_fd = ring->err_fd = -1;
+		worker->rings[index] = ring;
+	}
+	*ret_ring = ring;
+	return 0;
+}
+
+static void free_pool(struct ring *ring)
+{
+	if (ring->pool)
+		munmap(ring->pool, ring->pool_size * sizeof(*ring->pool));
+	if (ring->slab)
+		munmap(ring->slab, ring->pool_size * sizeof(*ring->slab) * VQ_MAX_IOV);
+	free(ring->places);
+	ring->pool = NULL;
+	ring->slab = NULL;
+	ring->places = NULL;
+	ring->pool_size = 0;
+}
+
+static void *lazy(size_t bytes)
+{
+	void *at = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+
+	return at == MAP_FAILED ? NULL : at;
+}
+
+static int make_pool(struct ring *ring, uint32_t size)
+{
+	if (ring->pool_size == size)
+		return 0;
+	free_pool(ring);
+	ring->pool_size = size;
+	ring->pool = lazy(size * sizeof(*ring->pool));
+	ring->slab = lazy(size * sizeof(*ring->slab) * VQ_MAX_IOV);
+	ring->places = calloc(size, sizeof(*ring->places));
+	if (ring->pool && ring->slab && ring->places)
+		return 0;
+	free_pool(ring);
+	return -ENOMEM;
+}
+
+int ring_start(struct worker *worker, struct ring *ring, struct vfc_ring_setup *setup)
+{
+	struct epoll_event event = { .events = EPOLLIN | EPOLLET, .data.u32 = ring->index };
+	struct vq vq;
+	int error;
+
+	if (ring->started)
+		return -EBUSY;
+	if (setup->role > VFC_RING_REQUEST)
+		return -EINVAL;
+	if (setup->features & (1ull << VIRTIO_SCSI_F_INOUT | 1ull << VIRTIO_SCSI_F_T10_PI))
+		return -EOPNOTSUPP;
+	error = vq_setup(&vq, setup->size, setup->features, setup->desc, setup->avail, setup->used);
+	if (!error)
+		error = vq_locate(&vq, worker->view->mem);
+	if (!error)
+		error = make_pool(ring, setup->size);
+	if (!error) {
+		memset(ring->places, 0, setup->size * sizeof(*ring->places));
+		error = vq_begin(&vq, setup->base, ring->places);
+	}
+	if (!error && setup->kick_fd >= 0 && epoll_ctl(worker->epoll_fd, EPOLL_CTL_ADD, setup->kick_fd, &event) < 0)
+		error = -errno;
+	if (error)
+		return error;
+
+	ring->vq = vq;
+	ring->role = setup->role;
+	replace_fd(&ring->kick_fd, setup->kick_fd);
+	replace_fd(&ring->call_fd, setup->call_fd);
+	replace_fd(&ring->err_fd, setup->err_fd);
+	setup->kick_fd = setup->call_fd = setup->err_fd = -1;
+	ring->broken = false;
+	ring->started = true;
+	ring->armed = true;
+	ring->shallow = false;
+	ring->empty_since = 0;
+	if (ring->kick_fd < 0)
+		worker->polled++;
+	if (ring->role == VFC_RING_EVENT)
+		worker->event_ring = ring;
+	ring_activate(worker, ring);
+	return 0;
+}
+
+void ring_set_call(struct worker *worker, struct ring *ring, int fd)
+{
+	replace_fd(&ring->call_fd, fd);
+	/* What was signalled to the old one may have gone nowhere: a front end swaps a masked notifier for the real. */
+	if (ring->started) {
+		signal_fd(fd);
+		COUNT(worker, calls);
+	}
+}
+
+void ring_set_err(struct ring *ring, int fd)
+{
+	replace_fd(&ring->err_fd, fd);
+}
+
+void ring_break(struct worker *worker, struct ring *ring, int error)
+{
+	if (ring->broken)
+		return;
+	ring->broken = true;
+	COUNT(worker, broken_rings);
+	signal_fd(ring->err_fd);
+	worker_say(worker, VFC_EVENT_BROKEN, ring->index, error, 0);
+}
+
+void ring_publish_all(struct worker *worker)
+{
+	while (worker->dirty) {
+		struct ring *ring = worker->dirty;
+
+		worker->dirty = ring->next_dirty;
+		ring->dirty = false;
+		/* Who gets an answer may soon ask again. */
+		ring->empty_since = 0;
+		if (worker->poll_ns)
+			ring_activate(worker, ring);
+		if (ring->broken || !vq_publish(&ring->vq))
+			continue;
+		signal_fd(ring->call_fd);
+		COUNT(worker, calls);
+	}
+}
+
+static bool runs(const struct ring *ring)
+{
+	return ring->started && ring->enabled && !ring->broken && !ring->stop;
+}
+
+/* The event ring is not emptied ahead of events: it only says that there is something, once, if somebody waits. */
+static void look_for_buffers(struct worker *worker, struct ring *ring)
+{
+	if (worker->hungry && vq_rearm(&ring->vq)) {
+		worker->hungry = false;
+		worker_say(worker, VFC_EVENT_BUFFERS, ring->index, 0, 0);
+	}
+}
+
+static int take_control(struct worker *worker, struct ring *ring)
+{
+	uint16_t head;
+	int more = 1;
+
+	for (unsigned i = 0; i < BATCH && !ring->broken; i++) {
+		more = vq_next(&ring->vq, &head);
+		if (more <= 0)
+			break;
+		command_accept_control(worker, ring, head);
+	}
+	return more;
+}
+
+/* Whether an empty ring is looked at again without a kick: while it is polled, or when something came after all. */
+static bool goes_on(struct worker *worker, struct ring *ring)
+{
+	if (worker->poll_ns && ring->role == VFC_RING_REQUEST) {
+		uint64_t now = worker_now();
+
+		if (!ring->empty_since)
+			ring->empty_since = now;
+		if (now - ring->empty_since < worker->poll_ns)
+			return true;
+	}
+	ring->armed = true;
+	return vq_rearm(&ring->vq);
+}
+
+/* One batch.  The ring stays active until it was found empty after its notifications were armed again. */
+void ring_run(struct worker *worker, struct ring *ring)
+{
+	int more;
+
+	worker->active[ring->index / 64] &= ~(1ull << (ring->index % 64));
+	if (!runs(ring))
+		return;
+	if (guard_any_torn() && vq_torn(&ring->vq)) {
+		ring_break(worker, ring, -EIO);
+		return;
+	}
+	if (ring->role == VFC_RING_EVENT) {
+		look_for_buffers(worker, ring);
+		return;
+	}
+	if (ring->armed) {
+		ring->armed = false;
+		vq_suppress(&ring->vq);
+	}
+	more = ring->role == VFC_RING_CONTROL ? take_control(worker, ring) : intake_run(worker, ring);
+	ring_publish_all(worker);
+	if (more < 0)
+		ring_break(worker, ring, more);
+	else if (!ring->broken && (more || goes_on(worker, ring)))
+		ring_activate(worker, ring);
+}
+
+uint32_t ring_put_event(struct worker *worker, const uint8_t event[EVENT_BYTES])
+{
+	struct ring *ring = worker->event_ring;
+
+	/* Every pass takes a buffer or leaves, so a driver that feeds us bad ones cannot keep us here for long. */
+	for (uint32_t passes = 0; ring && runs(ring) && passes <= ring->vq.size; passes++) {
+		struct command *scratch;
+		struct vq_chain *chain;
+		uint16_t head;
+		int taken = vq_next(&ring->vq, &head), error;
+
+		if (taken < 0) {
+			ring_break(worker, ring, taken);
+			break;
+		}
+		if (!taken) {
+			if (vq_rearm(&ring->vq))
+				continue;
+			break;
+		}
+		scratch = &ring->pool[head];
+		chain = &scratch->chain;
+		error = vq_gather(&ring->vq, worker->view, head, scratch->few, FEW_IOV,
+				  ring->slab + (size_t)head * VQ_MAX_IOV, chain);
+		ring_mark_dirty(worker, ring);
+		if (error || chain->write_bytes < EVENT_BYTES) {
+			if (error == -EFAULT)
+				COUNT(worker, bad_address);
+			else if (error == -EBADMSG)
+				COUNT(worker, bad_indirect);
+			else if (error)
+				COUNT(worker, bad_chain);
+			else
+				COUNT(worker, bad_header);
+			vq_push(&ring->vq, head, 0);
+			continue;
+		}
+		iov_write(chain->iov + chain->readable, chain->writable, 0, event, EVENT_BYTES);
+		vq_push(&ring->vq, head, EVENT_BYTES);
+		vq_suppress(&ring->vq);
+		return 1;
+	}
+	worker->hungry = true;
+	return 0;
+}
+
+/* ---------------------------------------------------------------- stopping */
+
+static void finish_stop(struct worker *worker, struct ring *ring)
+{
+	struct mail *mail = ring->stop;
+
+	ring_publish_all(worker);
+	if (ring->kick_fd >= 0) {
+		epoll_ctl(worker->epoll_fd, EPOLL_CTL_DEL, ring->kick_fd, NULL);
+		replace_fd(&ring->kick_fd, -1);
+	} else {
+		worker->polled--;
+	}
+	if (worker->event_ring == ring)
+		worker->event_ring = NULL;
+	ring->started = false;
+	ring->stop = NULL;
+	ring->expired = false;
+	worker->stopping--;
+	mailbox_ack(&worker->box, mail, 0, vq_base(&ring->vq));
+}
+
+void ring_stop(struct worker *worker, struct ring *ring, struct mail *mail)
+{
+	if (ring->stop) {
+		mailbox_ack(&worker->box, mail, -EBUSY, 0);
+	} else if (!ring->started) {
+		mailbox_ack(&worker->box, mail, 0, vq_base(&ring->vq));
+	} else {
+		ring->stop = mail;
+		ring->deadline = worker_now() + mail->msg.value * 1000000ull;
+		worker->stopping++;
+		worker->unsettled = true;
+	}
+}
+
+void ring_kill_all(struct worker *worker, struct ring *ring)
+{
+	for (uint32_t head = 0; ring->in_flight && head < ring->pool_size; head++)
+		if (ring->pool[head].state != COMMAND_FREE)
+			command_kill(worker, &ring->pool[head], VIRTIO_SCSI_S_RESET);
+}
+
+void ring_settle(struct worker *worker, struct ring *ring, uint64_t now)
+{
+	if (!ring->stop)
+		return;
+	if (ring->in_flight && now >= ring->deadline && !ring->expired) {
+		ring->expired = true;
+		ring_kill_all(worker, ring);
+	}
+	if (!ring->in_flight)
+		finish_stop(worker, ring);
+}
+
+void ring_free(struct worker *worker, struct ring *ring)
+{
+	if (!ring)
+		return;
+	free(ring->stop);
+	free_pool(ring);
+	replace_fd(&ring->kick_fd, -1);
+	replace_fd(&ring->call_fd, -1);
+	replace_fd(&ring->err_fd, -1);
+	worker->rings[ring->index] = NULL;
+	free(ring);
+}

@@ -1,0 +1,308 @@
+/*
+ * worker.h - a worker: one thread that owns its rings, their commands, its routes and its copies of the tables.
+ *
+ *	worker.c  the thread, its loop and its messages
+ *	ring.c    starting, running and stopping rings; the event ring
+ *	route.c   where (target, lun) leads; draining what was replaced
+ *	intake.c  taking commands from a ring
+ *	express.c the few commands that are nearly all of them, from the ring to the used ring in one go
+ *	command.c the life of one command: run, parked, punted, answered
+ *	vscsi.c   what a virtio-scsi request says
+ *
+ * Everything here belongs to the worker's thread but what is marked (any thread).
+ */
+#ifndef VFC_WORKER_H
+#define VFC_WORKER_H
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "mailbox.h"
+#include "medium.h"
+#include "path.h"
+#include "vhostfc.h"
+#include "virtq.h"
+
+#define BATCH 32	/* heads taken from a ring before it is published */
+#define SMALL_BATCH 4	/* the same where others, that have few commands, wait meanwhile */
+#define FEW_IOV 8	/* pieces that a command holds without its slab */
+#define LUNS 16384	/* flat addressing, SAM-5 4.7.7.3 */
+
+/* virtio 1.3, 5.6.6.1: response */
+enum {
+	VIRTIO_SCSI_S_OK = 0,
+	VIRTIO_SCSI_S_ABORTED = 2,
+	VIRTIO_SCSI_S_BAD_TARGET = 3,
+	VIRTIO_SCSI_S_RESET = 4,
+	VIRTIO_SCSI_S_FAILURE = 9,
+};
+#define SAM_TASK_SET_FULL 0x28	/* SAM-5 5.3.1 */
+#define REQUEST_HEADER 51	/* struct virtio_scsi_req_cmd without data, cdb_size 32 */
+#define RESPONSE_HEADER 108	/* struct virtio_scsi_resp_cmd without data, sense_size 96 */
+#define SENSE_ROOM 96
+
+struct worker;
+struct ring;
+
+struct route {
+	struct vfc_path path;
+	uint8_t mask[32];
+	uint32_t commands;	/* running or parked */
+	uint8_t target;
+	uint16_t lun;
+	/* once replaced */
+	struct mail *ack;
+	struct route *next;	/* in the order of replacement */
+};
+
+/* Found in two steps; made by messages only. */
+struct route_page {
+	struct route *route[256];
+};
+struct route_pages {
+	struct route_page *page[LUNS / 256];
+};
+
+enum command_state {
+	COMMAND_FREE,
+	COMMAND_TAKEN,		/* from the ring, and not looked at yet */
+	COMMAND_RUNNING,	/* the path has it */
+	COMMAND_PARKED,		/* waits for a latch or a limit */
+	COMMAND_PUNTED,		/* Python has it */
+};
+
+struct command {
+	struct vfc_cmd cmd;
+	struct ring *ring;
+	struct view *view;
+	struct route *route;	/* RUNNING, PARKED */
+	uint16_t head;
+	uint8_t state;
+	uint8_t target;
+	uint16_t lun;
+	int16_t bad;		/* what was wrong with its chain, or 0 */
+	bool doomed;		/* answered with `doom` when the path gives it back */
+	uint8_t doom;
+	struct vq_chain chain;
+	/* The response's place: `answer` where it is in one piece, else the pieces up to answer_cut bytes of the last. */
+	uint8_t *answer;
+	uint32_t answer_pieces;
+	size_t answer_cut;
+	/* Data behind the headers */
+	struct iovec *out, *in;
+	uint32_t out_pieces, in_pieces;
+	uint32_t out_bytes, in_bytes;
+	struct command *next;	/* parked */
+	struct mail *waiter;	/* the ABORT that counts on a doomed one */
+	uint64_t parked_since;	/* ns; by this holder */
+	uint32_t holder;
+	uint32_t generation;	/* PUNTED: makes the handle unique */
+	uint64_t punt_bytes;
+	uint8_t header[REQUEST_HEADER];
+	struct iovec few[FEW_IOV];
+};
+
+struct ring {
+	struct worker *worker;
+	struct vq vq;
+	uint32_t index;
+	uint32_t role;
+	bool started, enabled, broken, dirty;
+	bool armed;		/* the driver is asked for kicks */
+	bool shallow;		/* few commands at a time lately */
+	uint64_t empty_since;	/* ns; 0: there was work at the last look */
+	int kick_fd, call_fd, err_fd;
+	uint32_t in_flight;
+	struct command *pool;	/* by head */
+	struct iovec *slab;	/* VQ_MAX_IOV by head, touched by large commands only */
+	struct vq_place *places;	/* packed rings */
+	uint32_t pool_size;
+	struct mail *stop;
+	uint64_t deadline;	/* ns */
+	bool expired;
+	struct ring *next_dirty;
+};
+
+/* Shared by all workers of an engine. */
+struct ration {
+	_Atomic uint32_t punts;
+	_Atomic uint64_t bytes;
+	uint32_t max_punts;
+	uint32_t max_transfer;
+	uint64_t max_bytes;
+};
+
+struct worker {
+	uint32_t index;
+	pthread_t thread;
+	bool started, joined;	/* (engine_new, engine_free) */
+	struct mailbox box;	/* (any thread) */
+	struct ration *ration;	/* (any thread) */
+	_Atomic uint32_t *live;	/* (any thread) by handle: generation of a punt that waits for its answer, or 0 */
+	struct vfc_stats stats;	/* (any thread reads) */
+	int epoll_fd;
+	struct vfc_path_engine *media;	/* memory and null */
+	struct vfc_path_engine *files;	/* file and direct: io_uring or a pool of threads */
+	uint32_t running;	/* commands with a path */
+	struct ring *rings[VFC_MAX_RINGS];
+	uint64_t active[VFC_MAX_RINGS / 64];	/* rings that may have something, or are polled */
+	uint64_t poll_ns;	/* how long a ring is polled after its last command */
+	unsigned batch;		/* commands that a ring may have in this round */
+	int credit;		/* of work until the next look at what else there is */
+	struct ring *dirty;	/* rings with used entries to publish */
+	struct view *view;	/* the table from now on */
+	struct view *old_views;
+	bool targets[256];
+	struct route_pages *routes[256];	/* by target */
+	/* The last address that led to a route, and that route; NULL after every change of routes or targets */
+	uint64_t recent_address;
+	struct route *recent;
+	struct route *draining;
+	struct command *parked, **parked_last;
+	struct command *starving;	/* a parked one that others give way to */
+	struct ring *event_ring;
+	bool hungry;		/* an event found no buffer: tell when there are some */
+	uint32_t stopping;	/* rings with a stop under way */
+	uint32_t polled;	/* rings without a kick fd */
+	uint32_t generation;
+	bool unsettled;		/* a view, a route or a ring may have become free */
+	bool quit;
+	uint64_t latch_said;	/* ns: the last VFC_EVENT_LATCH */
+};
+
+#define COUNT(worker, counter) ADD(worker, counter, 1)
+/* Written by one thread, read by any: a plain add to the compiler, no torn value to the reader. */
+#define ADD(worker, counter, n)                                                                      \
+	__atomic_store_n(&(worker)->stats.counter,                                                   \
+			 __atomic_load_n(&(worker)->stats.counter, __ATOMIC_RELAXED) + (uint64_t)(n), \
+			 __ATOMIC_RELAXED)
+
+uint64_t worker_now(void);	/* ns, CLOCK_MONOTONIC */
+void *worker_main(void *worker);
+void worker_free(struct worker *worker);
+/* Tells Python; an event that finds no memory is lost, as are those that nobody reads. */
+void worker_say(struct worker *worker, uint32_t kind, uint32_t index, int32_t result, uint32_t value);
+
+/* ring.c */
+int ring_get(struct worker *worker, uint32_t index, struct ring **ret_ring);
+/* Takes the fds of the setup. */
+int ring_start(struct worker *worker, struct ring *ring, struct vfc_ring_setup *setup);
+void ring_run(struct worker *worker, struct ring *ring);
+void ring_break(struct worker *worker, struct ring *ring, int error);
+void ring_stop(struct worker *worker, struct ring *ring, struct mail *mail);
+/* Goes on with stops: those that nothing holds up are acked, those whose time is over cancel what is left. */
+void ring_settle(struct worker *worker, struct ring *ring, uint64_t now);
+/* Answers every command RESET, as far as its path lets go of it. */
+void ring_kill_all(struct worker *worker, struct ring *ring);
+void ring_publish_all(struct worker *worker);
+/* Take the fd. */
+void ring_set_call(struct worker *worker, struct ring *ring, int fd);
+void ring_set_err(struct ring *ring, int fd);
+/* 1: in a buffer, 0: there was none */
+uint32_t ring_put_event(struct worker *worker, const uint8_t event[16]);
+void ring_free(struct worker *worker, struct ring *ring);
+
+static inline void ring_activate(struct worker *worker, const struct ring *ring)
+{
+	worker->active[ring->index / 64] |= 1ull << (ring->index % 64);
+}
+
+static inline void ring_mark_dirty(struct worker *worker, struct ring *ring)
+{
+	if (ring->dirty)
+		return;
+	ring->dirty = true;
+	ring->next_dirty = worker->dirty;
+	worker->dirty = ring;
+}
+
+/* intake.c */
+/* One batch of a request ring.  0: it is empty now, 1: it may have more, -errno: as vq_next(), -EBUSY: in flight already. */
+int intake_run(struct worker *worker, struct ring *ring);
+/* NULL: it is in flight already. */
+struct command *intake_claim(struct worker *worker, struct ring *ring, uint16_t head);
+/* Its pieces, or what is wrong with them in ->bad. */
+void intake_gather(struct worker *worker, struct command *command);
+void intake_count_bad(struct worker *worker, int error);
+
+/* express.c */
+/* Runs those of these heads that need no command of their own; the rest is left in heads[], and how many they are. */
+unsigned express_run(struct worker *worker, struct ring *ring, uint16_t *heads, unsigned count);
+
+/* command.c */
+/* Takes the command of this head from the control ring, as far as its answer where that can be given at once. */
+void command_accept_control(struct worker *worker, struct ring *ring, uint16_t head);
+/* The path is done with it: ->cmd.error tells how. */
+void command_finish(struct worker *worker, struct command *command);
+/* Gives it back without a word. */
+void command_drop(struct worker *worker, struct command *command);
+void command_respond(struct worker *worker, struct command *command, uint8_t response, uint8_t status);
+void command_punt(struct worker *worker, struct command *command, enum vfc_why why);
+void command_submit(struct worker *worker, struct command *command);
+/* Answers a command in any state; false: when the path gives it back. */
+bool command_kill(struct worker *worker, struct command *command, uint8_t response);
+void command_reply(struct worker *worker, const struct mail *mail);
+/* Tries parked commands again. */
+void command_retry(struct worker *worker, uint64_t now);
+/* Takes a parked command's turn back, so that it can be dispatched anew. */
+void command_unpark(struct worker *worker, struct command *command);
+/* Whether a page that this command touches has gone; the second counts it. */
+bool command_torn(const struct command *command);
+bool command_found_torn(struct worker *worker, const struct command *command);
+
+static inline bool is_torn(struct worker *worker, const struct command *command)
+{
+	return __builtin_expect(guard_any_torn(), 0) && command_found_torn(worker, command);
+}
+
+/* vscsi.c: decides where the command of ->header goes: answer, punt, or (true) the path in ->cmd. */
+bool vscsi_dispatch(struct worker *worker, struct command *command);
+/* Takes out of a route's mask what C cannot run. */
+void vscsi_limit_mask(uint8_t mask[32], bool read_only);
+
+/* route.c */
+void route_message(struct worker *worker, struct mail *mail);
+/* Acks what has drained. */
+void route_settle(struct worker *worker);
+void route_free_all(struct worker *worker);
+
+static inline struct route *route_find(const struct worker *worker, uint8_t target, uint16_t lun)
+{
+	const struct route_pages *pages = worker->routes[target];
+	const struct route_page *page = pages && lun < LUNS ? pages->page[lun >> 8] : NULL;
+
+	return page ? page->route[lun & 0xff] : NULL;
+}
+
+static inline void view_put(struct worker *worker, struct view *view)
+{
+	if (!--view->users && view != worker->view)
+		worker->unsettled = true;
+}
+
+/* A handle: generation, control?, worker, ring, head. */
+static inline uint64_t handle_make(const struct command *command, bool control)
+{
+	const struct ring *ring = command->ring;
+
+	return (uint64_t)command->generation << 32 | (uint64_t)control << 29 | (uint64_t)ring->worker->index << 23 |
+	       (uint64_t)ring->index << 15 | command->head;
+}
+
+#define HANDLE_CONTROL(handle) ((bool)((handle) >> 29 & 1))
+#define HANDLE_WORKER(handle) ((uint32_t)((handle) >> 23 & 0x3f))
+#define HANDLE_SLOT(handle) ((uint32_t)((handle) & 0x7fffff))	/* ring and head: index into worker->live */
+#define HANDLE_RING(handle) ((uint32_t)((handle) >> 15 & 0xff))
+#define HANDLE_HEAD(handle) ((uint16_t)((handle) & 0x7fff))
+#define HANDLE_GENERATION(handle) ((uint32_t)((handle) >> 32))
+#define HANDLE_SLOTS (1u << 23)
+
+/* paths: media never wait; the others have threads or a ring in the kernel to be freed when nothing is left */
+struct vfc_path_engine *path_media_engine(void);
+int path_uring_new(struct vfc_path_engine **ret_engine);
+void path_uring_free(struct vfc_path_engine *engine);
+int path_pool_new(struct vfc_path_engine **ret_engine);
+void path_pool_free(struct vfc_path_engine *engine);
+
+#endif
