@@ -1,0 +1,362 @@
+"""Paths of an emulated port: what the link's ROUTE messages make of the workers' routes.
+
+A path outlives what it stands on.  When the nexus ends (a logout, a broken link, the unit is taken away
+for a moment) the path's route is closed and the path waits; when target and unit are back it is opened
+anew.  It ends when the unit is gone for good, or its user gives it up.
+
+Two promises are kept here.  A ROUTE is acknowledged when its user has said that it is in force, at once
+when nobody uses it.  And after the link broke, no new one is made before every path's user has said that
+its route is closed: an adapter must not hold media of a fabric that does not know of it.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Self
+
+import structlog
+import trio
+
+from vhostfc.fabric import link
+from vhostfc.ports.base import InFlight, PortEvent, PortEventKind, Route, RouteChange, Unit
+from vhostfc.ports.linksocket import close_fds
+
+if TYPE_CHECKING:
+    from vhostfc.native import Medium
+
+#: CAPACITY DATA HAS CHANGED (SPC-4 annex D).
+CAPACITY_CHANGED = (0x2A, 0x09)
+_IN_FLIGHT = {
+    link.InFlight.FINISH: InFlight.FINISH,
+    link.InFlight.RESET: InFlight.RESET,
+    link.InFlight.ABORTED: InFlight.ABORTED,
+}
+
+#: Makes the C side of a ROUTE's medium; borrows the descriptors.  Raises OSError.
+MakeMedium = Callable[[link.Route, list[int]], "Medium"]
+
+
+def native_medium(route: link.Route, fds: list[int]) -> Medium:
+    """The door to C; imported when the first route comes, because `fast_path = false` never needs it."""
+    from vhostfc.native import Medium, MediumKind  # noqa: PLC0415
+
+    fd, latch_fd = fds or (-1, -1)
+    return Medium(
+        MediumKind(route.medium),
+        blocks=route.blocks,
+        block_size=route.block_size,
+        owner=route.owner,
+        fd=fd,
+        latch_fd=latch_fd,
+    )
+
+
+@dataclass(slots=True)
+class _Change:
+    """A route on its way into force.  done: what its acknowledgement sets off; None once it has."""
+
+    route: Route
+    in_flight: InFlight
+    done: Callable[[], None] | None
+
+    def acknowledge(self) -> None:
+        if self.done is not None:
+            done, self.done = self.done, None
+            done()
+
+
+class EmulatedPath:
+    """A Path of the seam.
+
+    nexus: the fabric's handle, None while the path waits for its unit.  ended: changes() ends when it is
+    empty.  settled: its user has given it up, nothing of it is in force.
+    """
+
+    def __init__(self, paths: Paths, unit: Unit) -> None:
+        self._paths = paths
+        self._unit = unit
+        self._queue: deque[_Change] = deque()
+        self._unacknowledged: list[_Change] = []
+        self._news = trio.Event()
+        self.nexus: int | None = None
+        self.opening: int | None = None
+        self.blocks = 0
+        self.answered = trio.Event()
+        self.ended = False
+        self.settled = trio.Event()
+
+    def __repr__(self) -> str:
+        state = "ended" if self.ended else "waiting" if self.nexus is None else f"nexus {self.nexus}"
+        return f"<EmulatedPath {self._unit}, {state}>"
+
+    @property
+    def unit(self) -> Unit:
+        return self._unit
+
+    def changes(self) -> AsyncIterator[RouteChange]:
+        """See the seam.  The medium of a change belongs to whoever takes the change."""
+        return _Changes(self)
+
+    async def take(self) -> RouteChange | None:
+        """The next change, None when there will be none."""
+        await trio.lowlevel.checkpoint()
+        while not self._queue:
+            if self.ended:
+                return None
+            self._news = trio.Event()
+            await self._news.wait()
+        change = self._queue.popleft()
+        return RouteChange(change.route, change.in_flight, change.acknowledge)
+
+    async def aclose(self) -> None:
+        """Give the path up; its last route is not in force any more."""
+        self._paths.forget(self)
+        await trio.lowlevel.checkpoint()
+
+    @property
+    def closing(self) -> bool:
+        """A route of it may still be in force."""
+        return any(change.done is not None for change in self._unacknowledged)
+
+    def push(self, route: Route, in_flight: InFlight, done: Callable[[], None]) -> None:
+        """The next route.  One for an ended path is in force as soon as the path is given up."""
+        change = _Change(route, in_flight, done)
+        self._unacknowledged = [c for c in self._unacknowledged if c.done is not None]
+        self._unacknowledged.append(change)
+        if not self.ended:
+            self._queue.append(change)
+        elif route.medium is not None:
+            route.medium.close()
+        self._news.set()
+
+    def close_route(self, done: Callable[[], None], *, gone: bool = False) -> None:
+        """Close the route in the place of what has not been taken yet; what was to be aborted still is."""
+        in_flight = InFlight.FINISH
+        superseded = self._empty_queue()
+        for change in superseded:
+            if change.in_flight is not InFlight.FINISH:
+                in_flight = change.in_flight
+
+        def acknowledge() -> None:
+            for change in superseded:
+                change.acknowledge()
+            done()
+
+        self.push(Route(gone=gone), in_flight, acknowledge)
+
+    def end(self) -> None:
+        """The unit is gone for good: a last change, then changes() ends."""
+        self.close_route(lambda: None, gone=True)
+        self.ended = True
+        self.answered.set()
+
+    def settle(self) -> None:
+        """Nobody uses the path any more: everything that was to come into force is."""
+        self._empty_queue()
+        for change in self._unacknowledged:
+            change.acknowledge()
+        self.ended = True
+        self.answered.set()
+        self.settled.set()
+        self._news.set()
+
+    def _empty_queue(self) -> list[_Change]:
+        changes = list(self._queue)
+        self._queue.clear()
+        for change in changes:
+            if change.route.medium is not None:
+                change.route.medium.close()
+        return changes
+
+
+class _Changes:
+    """A class, not an async generator: one that is dropped half way needs nobody to close it."""
+
+    def __init__(self, path: EmulatedPath) -> None:
+        self._path = path
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> RouteChange:
+        change = await self._path.take()
+        if change is None:
+            raise StopAsyncIteration
+        return change
+
+
+class Paths:
+    """All paths of one port, on whatever link there is."""
+
+    def __init__(
+        self,
+        *,
+        send: Callable[[link.Message], None],
+        emit: Callable[[PortEvent], None],
+        reachable: Callable[[Unit], tuple[int, int] | None],
+        gone: Callable[[Unit], bool],
+        make_medium: MakeMedium,
+        log: structlog.typing.FilteringBoundLogger,
+    ) -> None:
+        """send: puts a message on the link, if there is one.  reachable: S_ID and D_ID of a unit that can be
+        opened now.  gone: is a unit gone for good?"""
+        self._send = send
+        self._emit = emit
+        self._reachable = reachable
+        self._gone = gone
+        self._make_medium = make_medium
+        self._log = log
+        self._paths: list[EmulatedPath] = []
+        self._by_nexus: dict[int, EmulatedPath] = {}
+        self._by_seq: dict[int, EmulatedPath] = {}
+        self._seq = 0
+        self._link = 0  # counts links: an acknowledgement for an older one is nobody's business
+
+    async def open(self, unit: Unit) -> EmulatedPath | None:
+        """A path whose first change is its route, or None when the unit cannot be reached now."""
+        if self._reachable(unit) is None:
+            return None
+        path = EmulatedPath(self, unit)
+        self._paths.append(path)
+        try:
+            self._ask(path)
+            await path.answered.wait()
+        except BaseException:
+            await path.aclose()
+            raise
+        if path.nexus is None:
+            await path.aclose()
+            return None
+        return path
+
+    def forget(self, path: EmulatedPath) -> None:
+        """Its user has given it up."""
+        if path not in self._paths:
+            return
+        path.settle()
+        self._paths.remove(path)
+        if path.nexus is not None:
+            self._by_nexus.pop(path.nexus, None)
+            self._send(link.Close(path.nexus))
+            path.nexus = None
+
+    def look_again(self) -> None:
+        """The topology changed: end what is gone for good, open what is back."""
+        for path in list(self._paths):
+            if path.ended:
+                continue
+            if self._gone(path.unit):
+                path.end()
+            elif path.nexus is None and path.opening is None:
+                self._ask(path)
+
+    def end_all(self) -> None:
+        """The port is logged out: every path ends."""
+        for path in self._paths:
+            if not path.ended:
+                path.end()
+
+    def latch_stuck(self, owner: int) -> None:
+        """Ask the fabric after an owner that keeps a range latch of a unit that we have open."""
+        for nexus in self._by_nexus:
+            self._send(link.LatchStuck(nexus, owner))
+
+    async def close_all(self) -> None:
+        """The link is gone.  Returns when every path's user has closed its route; see the head of the file."""
+        self._link += 1
+        self._by_nexus.clear()
+        self._by_seq.clear()
+        waiting: list[trio.Event] = []
+        for path in self._paths:
+            path.opening = None
+            if path.ended:
+                waiting.append(path.settled)
+            elif path.nexus is not None or path.closing:
+                closed = trio.Event()
+                path.close_route(closed.set)
+                waiting.append(closed)
+            path.nexus = None
+            path.answered.set()
+        for closed in waiting:
+            await closed.wait()
+
+    def route(self, route: link.Route, fds: list[int]) -> None:
+        """A ROUTE from the fabric; takes the descriptors."""
+        path = self._by_seq.pop(route.seq, None)
+        if path is not None:
+            path.opening = None
+            path.nexus = None if route.gone else route.nexus
+            path.answered.set()
+            if route.gone:
+                close_fds(fds)
+                if route.nexus:
+                    self._send(link.RouteAck(route.seq))
+                return
+            if path.settled.is_set():  # given up while the answer was on its way
+                close_fds(fds)
+                self._send(link.RouteAck(route.seq))
+                self._send(link.Close(route.nexus))
+                path.nexus = None
+                return
+            self._by_nexus[route.nexus] = path
+        else:
+            path = self._by_nexus.get(route.nexus)
+        acknowledge = self._acknowledgement(route.seq)
+        if path is None:
+            close_fds(fds)
+            acknowledge()
+            return
+        if route.gone:
+            close_fds(fds)
+            del self._by_nexus[route.nexus]
+            path.nexus = None
+
+            def closed() -> None:
+                acknowledge()
+                self.look_again()
+
+            path.push(Route(epoch=route.epoch), _IN_FLIGHT[route.in_flight], closed)
+            return
+        medium = self._medium(path, route, fds)
+        applied = Route(
+            mask=route.mask if medium is not None else bytes(32),
+            medium=medium,
+            epoch=route.epoch,
+            read_only=route.read_only,
+        )
+        path.push(applied, _IN_FLIGHT[route.in_flight], acknowledge)
+        if route.blocks and path.blocks and route.blocks != path.blocks:
+            self._emit(PortEvent(PortEventKind.PARAMETERS, path.unit, *CAPACITY_CHANGED))
+        path.blocks = route.blocks or path.blocks
+
+    def _ask(self, path: EmulatedPath) -> None:
+        ids = self._reachable(path.unit)
+        if ids is None:
+            return
+        self._seq = self._seq % 0x7FFFFFFF + 1
+        path.opening = self._seq
+        self._by_seq[self._seq] = path
+        self._send(link.Open(self._seq, *ids, path.unit.lun))
+
+    def _acknowledgement(self, seq: int) -> Callable[[], None]:
+        number = self._link
+
+        def acknowledge() -> None:
+            if number == self._link:
+                self._send(link.RouteAck(seq))
+
+        return acknowledge
+
+    def _medium(self, path: EmulatedPath, route: link.Route, fds: list[int]) -> Medium | None:
+        """The C side of the medium, None when the route has none, or has one that C does not take."""
+        if route.medium is link.MediumKind.NONE:
+            return None
+        try:
+            return self._make_medium(route, fds)
+        except OSError as error:
+            self._log.error("cannot use a medium; its commands go by frames", unit=str(path.unit), reason=str(error))
+            return None
+        finally:
+            close_fds(fds)
