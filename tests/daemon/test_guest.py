@@ -1,0 +1,94 @@
+"""The guest's side of an adapter, with workers that do nothing: what is told of a driver."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+from trio.testing import MockClock
+
+from vhostfc.daemon.fdsocket import listen
+from vhostfc.daemon.guest import SILENCE, GuestSide
+from vhostfc.frontend.driver import ScsiDriver
+from vhostfc.vhost.effects import StartRing
+from vhostfc.vhost.session import NOT_SHARED
+
+
+class IdleWorkers:
+    """Every wish is fulfilled at once.  commands: what they claim to have taken from rings."""
+
+    def __init__(self) -> None:
+        self.commands = 7
+
+    def counters(self) -> dict[str, int]:
+        return {"commands": self.commands}
+
+    async def set_memory(self, regions: Sequence[object], *, timeout: float) -> None: ...
+    async def start_ring(self, ring: StartRing) -> None: ...
+    async def enable_ring(self, index: int, *, enabled: bool) -> None: ...
+    async def set_call(self, index: int, fd: int) -> None: ...
+    async def set_err(self, index: int, fd: int) -> None: ...
+    async def reset(self) -> None: ...
+
+    async def stop_ring(self, index: int, drain: float) -> int:
+        return 0
+
+
+class Warnings:
+    """A log of which only warnings and worse are kept."""
+
+    def __init__(self) -> None:
+        self.lines: list[tuple[str, object]] = []
+
+    def info(self, *_: object, **__: object) -> None: ...
+
+    def warning(self, event: str, **fields: object) -> None:
+        self.lines.append((event, fields.get("reason")))
+
+    error = warning
+
+
+@asynccontextmanager
+async def driver_of(directory: Path, workers: IdleWorkers, log: Any) -> AsyncIterator[ScsiDriver]:
+    """A driver that is connected to a GuestSide on these workers, and has not started."""
+    side = GuestSide(workers, drain_timeout=1, log=log)  # type: ignore[arg-type]
+    with listen(directory / "vhost.sock") as listener:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(side.serve, listener)
+            async with ScsiDriver.open(directory / "vhost.sock", start=False) as driver:
+                yield driver
+            nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize(
+    ("base", "commands", "told"),
+    [
+        (0, 0, [("a driver has started, and nothing is seen of it", NOT_SHARED)]),
+        (0, 1, []),
+        (5, 0, []),  # one that was stopped, and goes on
+    ],
+)
+async def test_a_silent_driver_is_told_once(
+    tmp_path: Path, autojump_clock: MockClock, base: int, commands: int, told: list[object]
+) -> None:
+    workers, log = IdleWorkers(), Warnings()
+    async with driver_of(tmp_path, workers, log) as driver:
+        await driver.client.start([driver.queues[2].setup(base)])
+        workers.commands += commands
+        await trio.sleep(SILENCE * 5)
+        assert log.lines == told
+
+
+async def test_firmware_that_hands_over_soon_is_not_silent(tmp_path: Path, autojump_clock: MockClock) -> None:
+    workers, log = IdleWorkers(), Warnings()
+    async with driver_of(tmp_path, workers, log) as driver:
+        for _ in range(3):
+            await driver.client.start([driver.queues[2].setup(0)])
+            await trio.sleep(SILENCE / 2)
+            await driver.client.stop([2])
+        await trio.sleep(SILENCE * 5)
+        assert log.lines == []

@@ -1,0 +1,96 @@
+"""Reservations that outlive the fabric (APTPL): a file for each unit that has some, named after its NAA designator.
+
+A file takes the place of the one before by a rename, and is on the disk before anybody is told so.
+One that cannot be understood is an error at the start: a fabric that forgot who is kept out would be
+worse than one that does not come up.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import structlog
+import trio
+
+from vhostfc.errors import VhostfcError
+from vhostfc.scsi import persistent
+from vhostfc.scsi.reservations import State
+
+
+class KeptReservations:
+    """The directory of these files.
+
+    port_name, port_number: between the relative identifier of a target port and its Port_Name, 8 bytes.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        port_name: Callable[[int], bytes],
+        port_number: Callable[[bytes], int],
+        log: structlog.typing.FilteringBoundLogger,
+    ) -> None:
+        self.directory = directory
+        self._port_name = port_name
+        self._port_number = port_number
+        self._log = log
+
+    def path(self, naa: bytes) -> Path:
+        return self.directory / f"{naa.hex()}.json"
+
+    def load(self, naa: bytes) -> State:
+        """The reservations of this unit.  Raises VhostfcError, which names the file."""
+        path = self.path(naa)
+        try:
+            return persistent.unpack(path.read_bytes(), self._port_number)
+        except FileNotFoundError:
+            return State()
+        except OSError as error:
+            raise VhostfcError(f"{path}: the unit's reservations cannot be read: {error.strerror}") from None
+        except ValueError as error:
+            raise VhostfcError(
+                f"{path}: the unit's reservations cannot be understood: {error}; remove the file to begin without any"
+            ) from None
+
+    async def save(self, naa: bytes, state: State | None) -> bool:
+        """Make this what load() finds, whatever happens after; False, and a line in the log, if that cannot be."""
+        path = self.path(naa)
+        record = None if state is None else persistent.pack(state, self._port_name)
+        with trio.CancelScope(shield=True):  # whoever is told "not done" must not find it done later
+            try:
+                await trio.to_thread.run_sync(_replace, path, record)
+            except OSError as error:
+                self._log.error("cannot keep reservations", path=str(path), reason=error.strerror)
+                return False
+        return True
+
+    def forget(self, naa: bytes) -> None:
+        """The unit is no more."""
+        self.path(naa).unlink(missing_ok=True)
+
+
+def _replace(path: Path, record: bytes | None) -> None:
+    """Raises OSError, and then nothing has changed."""
+    if record is None:
+        path.unlink(missing_ok=True)
+        if not path.parent.exists():
+            return
+    else:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        part = path.with_suffix(".part")
+        fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        try:
+            with open(fd, "wb", closefd=False) as stream:
+                stream.write(record)
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        os.replace(part, path)
+    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)

@@ -1,0 +1,437 @@
+"""Runs the commands that reach the target ports as frames: takes them in turns, does their effects, answers.
+
+A unit says what it wants done (scsi.task's effects); here it is done, on the unit's medium, under the
+range latch.  Three rules of fencing live here:
+
+- after every step of every task the verdicts are compared with what the adapters were told, and no
+  status goes out before every narrowing is in force (Served.changed, Served.barrier);
+- a command that has waited, for its data or for a latch, looks again before it writes: when its right
+  is gone, or in doubt, it is begun anew, and its unit says what is to be said now;
+- a task that shall end is cancelled; nobody is told that it has ended before it has.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Awaitable, Callable, Generator, Iterable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TypeVar
+
+import structlog
+import trio
+
+from vhostfc.daemon.fabric_latch import Holding
+from vhostfc.daemon.fabric_units import Served, narrows
+from vhostfc.fabric.array import Array
+from vhostfc.fabric.link import InFlight, Note
+from vhostfc.fabric.rations import Rations
+from vhostfc.fabric.switch import Switch
+from vhostfc.fabric.target import Abort, Exchange, Lost, Manage, Opened, Urgent
+from vhostfc.fc.fcp import ResponseCode, TmFlag
+from vhostfc.fc.frame import Frame
+from vhostfc.fc.wwn import Wwn
+from vhostfc.scsi import cdb as fields
+from vhostfc.scsi.sense import Asc, Sense, SenseKey
+from vhostfc.scsi.server import DeviceServer
+from vhostfc.scsi.task import (
+    AbortTasks,
+    Attribute,
+    Effect,
+    Extents,
+    Fill,
+    Flush,
+    Hold,
+    Keep,
+    MediumError,
+    Nexus,
+    Read,
+    ScsiResult,
+    ServiceResponse,
+    Status,
+    TakeTurn,
+    Task,
+    TaskManagement,
+    Write,
+)
+from vhostfc.scsi.unit import LogicalUnit
+
+#: Commands that may run at a time for one initiator port; the others of its ration wait.
+AT_ONCE = 16
+#: Commands after which everybody has to look again, whatever the verdicts say: reservations, mode pages.
+_MAY_CHANGE_RIGHTS = frozenset({0x15, 0x16, 0x17, 0x55, 0x56, 0x57, 0x5F})
+_WRITES = frozenset(
+    {
+        fields.WRITE_6,
+        fields.WRITE_10,
+        fields.WRITE_12,
+        fields.WRITE_16,
+        fields.WRITE_AND_VERIFY_10,
+        fields.WRITE_AND_VERIFY_12,
+        fields.WRITE_AND_VERIFY_16,
+    }
+)
+_FUNCTIONS = {
+    TmFlag.ABORT_TASK_SET: TaskManagement.ABORT_TASK_SET,
+    TmFlag.CLEAR_TASK_SET: TaskManagement.CLEAR_TASK_SET,
+    TmFlag.LOGICAL_UNIT_RESET: TaskManagement.LOGICAL_UNIT_RESET,
+    TmFlag.TARGET_RESET: TaskManagement.LOGICAL_UNIT_RESET,  # of every unit (FCP-4 9.2.2.6)
+    TmFlag.CLEAR_ACA: TaskManagement.CLEAR_ACA,
+}
+_RESPONSES = {
+    ServiceResponse.FUNCTION_COMPLETE: ResponseCode.COMPLETE,
+    ServiceResponse.FUNCTION_REJECTED: ResponseCode.REJECTED,
+    ServiceResponse.INCORRECT_LUN: ResponseCode.INCORRECT_LUN,
+}
+_ABORTED = ScsiResult(Status.TASK_ABORTED)
+_NO_UNIT = ScsiResult(Status.CHECK_CONDITION, Sense(SenseKey.ILLEGAL_REQUEST, Asc.LOGICAL_UNIT_NOT_SUPPORTED).encode())
+_OUR_FAULT = ScsiResult(Status.CHECK_CONDITION, Sense(SenseKey.HARDWARE_ERROR, Asc.INTERNAL_TARGET_FAILURE).encode())
+
+T = TypeVar("T")
+
+
+class _Withdrawn(Exception):
+    """The command may not write any more, or not without being asked again."""
+
+
+@dataclass(eq=False, slots=True)
+class _Running:
+    """A command under way.  after: those that it has to wait for (task attributes, SAM-5 8.7)."""
+
+    exchange: Exchange
+    served: Served | None
+    after: tuple[_Running, ...]
+    scope: trio.CancelScope = field(default_factory=trio.CancelScope)
+    done: trio.Event = field(default_factory=trio.Event)
+    mask: bytes = b""
+    epoch: int = 0
+
+    @property
+    def nexus(self) -> Nexus:
+        return self.exchange.session.nexus
+
+    @property
+    def ordered(self) -> bool:
+        return self.exchange.cmnd.attribute == Attribute.ORDERED
+
+
+class Runner:
+    """See the head of the file.
+
+    served: the Served of a unit.  everybody: all of them.  transmit: sends what the switch puts out,
+    waiting for room on the way; post: the same without waiting.
+    """
+
+    def __init__(
+        self,
+        *,
+        switch: Switch,
+        array: Array,
+        rations: Rations[Exchange],
+        urgent: deque[Urgent],
+        served: Callable[[LogicalUnit], Served | None],
+        everybody: Callable[[], Iterable[Served]],
+        transmit: Callable[[int, bytes | Note], Awaitable[None]],
+        nursery: trio.Nursery,
+        log: structlog.typing.FilteringBoundLogger,
+    ) -> None:
+        self._switch = switch
+        self._array = array
+        self._rations = rations
+        self._urgent = urgent
+        self._served = served
+        self._everybody = everybody
+        self._transmit = transmit
+        self._nursery = nursery
+        self._log = log
+        self._running: dict[Exchange, _Running] = {}
+        self._of_port: Counter[Wwn] = Counter()
+
+    def kick(self) -> None:
+        """Something has arrived: begin what can be begun."""
+        look_again = False
+        while self._urgent:
+            match self._urgent.popleft():
+                case Opened(session):
+                    look_again = True
+                    target = self._array.port(session.nexus.port)
+                    for unit in self._array.seen(target, session.wwpn).values() if target else ():
+                        unit.attach(session.nexus)
+                case Lost(session):
+                    look_again = True
+                    target = self._array.port(session.nexus.port)
+                    for place in self._array.places(target).values() if target else ():
+                        place.unit.detach(session.nexus)
+                case Abort(exchange, reply):
+                    self._nursery.start_soon(self._abort, exchange, reply)
+                case Manage(exchange):
+                    self._nursery.start_soon(self._manage, exchange)
+        if look_again:
+            for served in self._everybody():
+                served.changed()
+        while (taken := self._rations.take(self._may_run)) is not None:
+            self._begin(taken[1])
+
+    async def send(self, frames: Iterable[Frame]) -> None:
+        """Frames of a target, each when there is room for it."""
+        for frame in frames:
+            for port, what in self._switch.send(frame):
+                await self._transmit(port, what)
+
+    # ------------------------------------------------------------ commands
+
+    def _may_run(self, wwpn: Wwn) -> bool:
+        return self._of_port[wwpn] < AT_ONCE
+
+    def _resolve(self, exchange: Exchange) -> tuple[DeviceServer, Served | None]:
+        server = self._array.resolve(exchange.target, exchange.session.wwpn, exchange.cmnd.lun)
+        return server, self._served(server) if isinstance(server, LogicalUnit) else None
+
+    def _begin(self, exchange: Exchange) -> None:
+        exchange.target.begin(exchange)
+        self._of_port[exchange.session.wwpn] += 1
+        _, served = self._resolve(exchange)
+        attribute = exchange.cmnd.attribute
+        before = [r for r in self._running.values() if served is not None and r.served is served]
+        if attribute == Attribute.HEAD_OF_QUEUE:
+            before = []
+        elif attribute != Attribute.ORDERED:
+            before = [r for r in before if r.ordered]
+        running = _Running(exchange, served, tuple(before))
+        self._running[exchange] = running
+        self._nursery.start_soon(self._run, running)
+
+    async def _run(self, running: _Running) -> None:
+        exchange = running.exchange
+        try:
+            with running.scope:
+                for other in running.after:
+                    await other.done.wait()
+                if running.ordered and running.served is not None:
+                    result = await self._alone(running, running.served)
+                else:
+                    result = await self._execute(running)
+                if running.served is not None:
+                    await running.served.barrier()
+                await self.send(exchange.target.finish(exchange, result, _used(running, result)))
+        except Exception:
+            self._log.exception("a command failed in the fabric", cdb=exchange.cmnd.cdb.hex())
+            await self.send(exchange.target.finish(exchange, _OUR_FAULT))
+        finally:
+            del self._running[exchange]
+            self._of_port[exchange.session.wwpn] -= 1
+            running.done.set()
+        self.kick()
+
+    async def _alone(self, running: _Running, served: Served) -> ScsiResult:
+        """An ORDERED task: everything before it has ended, in the adapters too, and nothing after it has begun."""
+        served.ordered += 1
+        try:
+            served.changed()
+            await served.barrier()
+            return await self._execute(running)
+        finally:
+            served.ordered -= 1
+            served.changed()
+
+    async def _execute(self, running: _Running) -> ScsiResult:
+        exchange = running.exchange
+        task = Task(
+            running.nexus,
+            exchange.cmnd.cdb,
+            exchange.data_out,
+            exchange.data_in_length,
+            exchange.cmnd.attribute,
+            exchange.frame.ox_id,
+        )
+        while True:
+            server, running.served = self._resolve(exchange)
+            if running.served is not None:
+                running.epoch = running.served.epoch
+            result = await self._drive(server.execute(task), running.served, running, running.nexus)
+            if result is not None:
+                break
+        if running.served is not None and task.cdb[0] in _MAY_CHANGE_RIGHTS:
+            running.served.changed(epoch=True)
+        return result
+
+    async def _drive(
+        self, steps: Generator[Effect, object, T], served: Served | None, running: _Running | None, nexus: Nexus
+    ) -> T | None:
+        """Run a unit's generator to its end; None when its right to the medium was withdrawn on the way."""
+        if served is None:
+            try:
+                effect = next(steps)
+            except StopIteration as stop:
+                answer: T = stop.value
+                return answer
+            raise AssertionError(f"{effect} without a medium")
+        value: object = None
+        error: MediumError | None = None
+        with Holding(served.medium, served.fence.stuck) as holding:
+            try:
+                while True:
+                    effect = steps.throw(error) if error is not None else steps.send(value)
+                    served.changed()
+                    if running is not None and not running.mask:
+                        running.mask = served.admit(nexus)
+                    value, error = None, None
+                    try:
+                        value = await self._effect(effect, served, running, holding, nexus)
+                    except MediumError as failed:
+                        error = failed
+            except StopIteration as stop:
+                served.changed()
+                result: T = stop.value
+                return result
+            except _Withdrawn:
+                return None
+            finally:
+                steps.close()
+                if served.turn.statistics().owner is trio.lowlevel.current_task():
+                    served.turn.release()
+                if running is not None:
+                    running.mask = b""
+
+    async def _effect(
+        self, effect: Effect, served: Served, running: _Running | None, holding: Holding, nexus: Nexus
+    ) -> object:
+        medium, mark = served.medium, holding.mark()
+        write: Callable[[], Awaitable[None]]
+        match effect:
+            case Hold(lba, blocks):
+                await holding.take(lba, blocks)
+                return None
+            case Flush():
+                # With a write cache that is being turned off, no adapter may write behind the flush.
+                await served.barrier()
+                await medium.flush()
+                return None
+            case Extents(lba, blocks):
+                return await medium.extents(lba, blocks)
+            case AbortTasks(nexuses, reset):
+                await self._abort_tasks(served, nexuses, reset, running, nexus)
+                return None
+            case TakeTurn():
+                await served.turn.acquire()
+                return None
+            case Keep(state):
+                return await served.keep(state)
+            case Read(lba, blocks, fua):
+                await holding.take(lba, blocks)
+                try:
+                    return await medium.read(lba, blocks, fua=fua)
+                finally:
+                    holding.release(to=mark)
+            case Write(lba, data, fua):
+                await holding.take(lba, len(data) // medium.block_size)
+                write = partial(medium.write, lba, data, fua=fua)
+            case Fill(lba, blocks, block, unmap):
+                await holding.take(lba, blocks)
+                write = partial(medium.fill, lba, blocks, block, unmap=unmap)
+            case _:
+                raise AssertionError(f"{effect}: nobody does this")
+        try:
+            self._look_again(served, running)
+            with served.operation():
+                await write()
+        finally:
+            holding.release(to=mark)
+        return None
+
+    def _look_again(self, served: Served, running: _Running | None) -> None:
+        """Before a write, after all waiting.  Raises _Withdrawn."""
+        if running is None:
+            return
+        server, _ = self._resolve(running.exchange)
+        if server is not served.unit or running.epoch != served.epoch:
+            raise _Withdrawn
+        if narrows(running.mask, served.unit.verdict(running.nexus)):
+            raise _Withdrawn
+
+    # ------------------------------------------------------------ ending them
+
+    async def _abort(self, exchange: Exchange, reply: Frame | None) -> None:
+        """ABTS, or a lost login, for a command that was running; its exchange is ended already."""
+        running = self._running.get(exchange)
+        if running is not None:
+            running.scope.cancel()
+            await running.done.wait()
+        if reply is not None:
+            await self.send([reply])
+
+    async def end_tasks(self, served: Served) -> None:
+        """Stop the commands on a unit that is taken away; they end as those that come later do."""
+        ending = [r for r in self._running.values() if r.served is served]
+        for running in ending:
+            running.scope.cancel()
+        for running in ending:
+            await running.done.wait()
+            await self.send(running.exchange.target.finish(running.exchange, _NO_UNIT))
+
+    def _tasks(self, served: Served, nexuses: Iterable[Nexus]) -> list[Exchange]:
+        """The commands of these nexuses on this unit, wherever they are."""
+        among = set(nexuses)
+        return [
+            exchange
+            for target in {target.relative: target for target, _ in self._array.paths(served.unit)}.values()
+            for exchange in target.exchanges()
+            if exchange.session.nexus in among
+            and not exchange.cmnd.tm_flags
+            and self._resolve(exchange)[0] is served.unit
+        ]
+
+    async def _abort_tasks(
+        self, served: Served, nexuses: frozenset[Nexus], reset: bool, but: _Running | None, nexus: Nexus
+    ) -> None:
+        """The effect AbortTasks.  The nexus that asked for it hears nothing of its own commands (SAM-5 5.8.2);
+        others get TASK ABORTED, since a silent target would cost them their command timeout."""
+        victims = [e for e in self._tasks(served, nexuses) if but is None or e is not but.exchange]
+        ending = [self._running[e] for e in victims if e in self._running]
+        for running in ending:
+            running.scope.cancel()
+        for exchange in victims:
+            if exchange.session.nexus == nexus:
+                exchange.target.drop(exchange)
+        action = InFlight.RESET if reset else InFlight.ABORTED
+        served.changed(ending=dict.fromkeys(nexuses, action))
+        for running in ending:
+            await running.done.wait()
+        await served.fence.settled(nexuses)
+        for exchange in victims:
+            await self.send(exchange.target.finish(exchange, _ABORTED))
+
+    # ------------------------------------------------------------ task management
+
+    async def _manage(self, exchange: Exchange) -> None:
+        nexus, flag = exchange.session.nexus, exchange.cmnd.tm_flags
+        server, served = self._resolve(exchange)
+        code = ResponseCode.REJECTED
+        if flag == TmFlag.QUERY_TASK_SET:
+            some = served is not None and any(self._tasks(served, [nexus]))
+            code = ResponseCode.SUCCEEDED if some else ResponseCode.COMPLETE
+        elif flag == TmFlag.TARGET_RESET:
+            for unit in self._array.seen(exchange.target, exchange.session.wwpn).values():
+                await self._function(unit, self._served(unit), TaskManagement.LOGICAL_UNIT_RESET, nexus)
+            code = ResponseCode.COMPLETE
+        elif function := _FUNCTIONS.get(TmFlag(flag)):
+            code = _RESPONSES[await self._function(server, served, function, nexus)]
+        await self.send(exchange.target.respond(exchange, code))
+
+    async def _function(
+        self, server: DeviceServer, served: Served | None, function: TaskManagement, nexus: Nexus
+    ) -> ServiceResponse:
+        response = await self._drive(server.manage(nexus, function), served, None, nexus)
+        if served is not None:
+            served.changed()
+            await served.barrier()
+        return response or ServiceResponse.FUNCTION_REJECTED
+
+
+def _used(running: _Running, result: ScsiResult) -> int | None:
+    """Bytes of data-out that a WRITE had a use for: FCP_DL may be more.  None: all that came."""
+    cmnd = running.exchange.cmnd
+    command = fields.find(cmnd.cdb[0], None)
+    if running.served is None or command not in _WRITES or result.status != Status.GOOD:
+        return None
+    return fields.extent(command, cmnd.cdb)[1] * running.served.medium.block_size

@@ -1,0 +1,106 @@
+"""What `vhostfc status` shows of a fabric, as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from vhostfc.config import FabricConfig, UnitConfig
+from vhostfc.daemon.fabric_units import Key, Served, key
+from vhostfc.daemon.fencing import Opening
+from vhostfc.fabric.array import initiator
+from vhostfc.fabric.switch import NPort, Switch
+from vhostfc.fabric.target import TargetPort
+from vhostfc.fc.wwn import Wwn
+from vhostfc.scsi.access import Reservations
+
+Json = dict[str, Any]
+
+
+def describe(
+    config: FabricConfig,
+    switch: Switch,
+    targets: Mapping[Wwn, TargetPort],
+    served: Mapping[Key, Served],
+    pids: Mapping[int, int],
+) -> Json:
+    """The fabric, logins, targets with their units and who has them open, zones.  pids: by F_Port."""
+    return {
+        "fabric": {
+            "name": config.name,
+            "wwn": str(config.wwn),
+            "socket": str(config.socket),
+            "fence_timeout": config.fence_timeout,
+            "discarded": dict(switch.discarded),
+        },
+        "logins": [_login(login, pids.get(login.f_port)) for login in switch.logins()],
+        "targets": [
+            {
+                "name": target.name,
+                "wwpn": str(target.wwpn),
+                "wwnn": str(target.wwnn),
+                "port_id": f"{targets[target.wwpn].port_id:06x}",
+                "units": [
+                    _unit(unit, served[key(target, unit)], targets[target.wwpn].relative) for unit in target.units
+                ],
+            }
+            for target in config.targets
+        ],
+        "zones": [
+            {"name": zone.name, "members": sorted(str(member) for member in zone.members)} for zone in config.zones
+        ],
+    }
+
+
+def _login(login: NPort, pid: int | None) -> Json:
+    return {
+        "wwpn": str(login.wwpn),
+        "wwnn": str(login.wwnn),
+        "port_id": f"{login.port_id:06x}",
+        "adapter": login.holder,
+        "pid": pid,
+        "since": login.since,
+    }
+
+
+def _unit(config: UnitConfig, served: Served, port: int) -> Json:
+    """A unit at a LUN of the target port with this relative identifier."""
+    return {
+        "lun": config.lun,
+        "medium": served.medium.kind.name.lower(),
+        "name": served.medium.name,
+        "naa": served.unit.identity.naa[0].hex(),
+        "blocks": served.unit.blocks,
+        "block_size": served.medium.block_size,
+        "read_only": served.medium.read_only,
+        "ready": served.ready,
+        "allow": None if config.allow is None else sorted(str(wwpn) for wwpn in config.allow),
+        "open": [_opening(one) for one in served.fence.openings.values() if one.nexus.port == port],
+        "reservations": _reservations(served.unit.reservations, port),
+    }
+
+
+def _reservations(reservations: Reservations, port: int) -> Json:
+    """The persistent ones as initiators see them through this target port, and who has sent RESERVE."""
+    state = reservations.state
+    return {
+        "type": None if state.kind is None else state.kind.name.lower().replace("_", " "),
+        "aptpl": state.aptpl,
+        "registrations": [
+            {"wwpn": str(initiator(nexus)), "key": f"{key:#x}", "holder": state.holds(nexus)}
+            for nexus, key in state.keys.items()
+            if nexus.port == port
+        ],
+        "reserved_by": str(initiator(reservations.reserved)) if reservations.reserved else None,
+    }
+
+
+def _opening(opening: Opening) -> Json:
+    return {
+        "wwpn": str(opening.wwpn),
+        "adapter": opening.adapter.name,
+        "nexus": opening.handle,
+        "epoch": opening.epoch,
+        "state": opening.end.value if opening.end else "open",
+        "fast": any(opening.out.mask),
+    }

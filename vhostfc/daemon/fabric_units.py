@@ -1,0 +1,334 @@
+"""A unit as the fabric serves it: its medium, its device server, its fence; and where its names come from.
+
+Names.  A file or a device keeps its unit's NAA designator and serial number over restarts, moves to
+another LUN and more paths: they derive from the fabric's name and the path.  Memory is another disk
+whenever it begins empty, so its name is drawn by lot and kept with it: systemd's file descriptor store
+holds the memfd under a name that says target, LUN and NAA.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import secrets
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import structlog
+import trio
+
+from vhostfc.config import TargetConfig, UnitConfig
+from vhostfc.daemon import fabric_locks, media
+from vhostfc.daemon.fabric_kept import KeptReservations
+from vhostfc.daemon.fencing import Fence, Numbers
+from vhostfc.daemon.media import Medium
+from vhostfc.daemon.notify import Notifier, PassedFd
+from vhostfc.errors import VhostfcError
+from vhostfc.fabric.link import InFlight, MediumKind
+from vhostfc.fc.wwn import OUI_QEMU, Wwn
+from vhostfc.scsi.inquiry import Identity
+from vhostfc.scsi.reservations import State
+from vhostfc.scsi.server import Inventory
+from vhostfc.scsi.task import Nexus
+from vhostfc.scsi.unit import LogicalUnit
+
+#: What makes two units of two configurations the same one: its medium.
+Key = tuple[str, str]
+
+
+def key(target: TargetConfig, unit: UnitConfig) -> Key:
+    """A file and a device are what they are wherever they are listed; memory and null belong to their home's LUN."""
+    if unit.file is not None:
+        return ("file", str(unit.file))
+    if unit.block is not None:
+        return ("block", str(unit.block))
+    wwpn, lun = unit.home or (target.wwpn, unit.lun)
+    return ("null" if unit.null else "memory", f"{wwpn.pack().hex()}-{lun}")
+
+
+def _naa(seed: bytes) -> bytes:
+    """NAA 6, IEEE Registered Extended (SPC-4 7.8.6.6.5): QEMU's company id and 100 bits."""
+    bits = int.from_bytes(hashlib.sha256(seed).digest()[:16], "big") >> 28
+    return (6 << 124 | OUI_QEMU << 100 | bits).to_bytes(16, "big")
+
+
+class Store:
+    """Memory that outlives the fabric: what systemd kept for us, and what we ask it to keep."""
+
+    _NAME = re.compile(r"unit-([0-9a-f]{16}-\d+)-([0-9a-f]{32})")
+
+    def __init__(self, notifier: Notifier, passed: Sequence[PassedFd] = ()) -> None:
+        self._notifier = notifier
+        self._kept: dict[str, tuple[bytes, int]] = {}
+        for one in passed:
+            if match := self._NAME.fullmatch(one.name):
+                self._kept[match[1]] = (bytes.fromhex(match[2]), one.fd)
+
+    def take(self, place: str, size: int) -> tuple[bytes, int] | None:
+        """(NAA, memfd) that was kept for this place, if it is not larger than it shall be now."""
+        kept = self._kept.get(place)
+        if kept is None or os.fstat(kept[1]).st_size > size:
+            return None
+        return self._kept.pop(place)
+
+    def put(self, place: str, naa: bytes, fd: int) -> None:
+        self._notifier.store(self._name(place, naa), [fd])
+
+    def remove(self, place: str, naa: bytes) -> None:
+        self._notifier.forget(self._name(place, naa))
+
+    def drop_rest(self) -> None:
+        """What nobody took is of units that are not configured any more, or not so large."""
+        for place, kept in list(self._kept.items()):
+            self._drop(place, *kept)
+        self._kept.clear()
+
+    def _drop(self, place: str, naa: bytes, fd: int) -> None:
+        os.close(fd)
+        self.remove(place, naa)
+
+    @staticmethod
+    def _name(place: str, naa: bytes) -> str:
+        return f"unit-{place}-{naa.hex()}"
+
+
+class Served:
+    """See the head of the file.
+
+    ready: nobody of an earlier life has the medium open, so it can be given out.  ordered: ORDERED tasks
+    that want to be alone.  epoch: grows with every command that may have changed who may do what.
+    keep: makes reservations outlive us, False if that cannot be.  turn: for commands that go one by one.
+    """
+
+    def __init__(
+        self,
+        unit_key: Key,
+        medium: Medium,
+        unit: LogicalUnit,
+        fence: Fence,
+        keep: Callable[[State | None], Awaitable[bool]],
+    ) -> None:
+        self.key = unit_key
+        self.medium = medium
+        self.unit = unit
+        self.fence = fence
+        self.keep = keep
+        self.turn = trio.Lock()
+        self.ready = False
+        self.claiming = trio.CancelScope()
+        self.ordered = 0
+        self.epoch = 0
+        self._operations: set[trio.Event] = set()
+        self._draining: set[trio.Event] = set()
+        self._told: dict[Nexus, bytes] = {}
+
+    def __repr__(self) -> str:
+        return f"<Served {'/'.join(self.key)}>"
+
+    # ------------------------------------------------------------ commands that come as frames
+
+    def admit(self, nexus: Nexus) -> bytes:
+        """The verdict that a command of this nexus starts with; from now on changed() watches over it."""
+        self._told[nexus] = mask = self.unit.verdict(nexus)
+        return mask
+
+    @contextmanager
+    def operation(self) -> Iterator[None]:
+        """Around every write to the medium: what barrier() waits for when the verdict narrows meanwhile."""
+        done = trio.Event()
+        self._operations.add(done)
+        try:
+            yield
+        finally:
+            self._operations.discard(done)
+            done.set()
+
+    # ------------------------------------------------------------ fencing
+
+    def changed(self, *, epoch: bool = False, ending: Mapping[Nexus, InFlight] | None = None) -> None:
+        """After every step of every task: tell everybody who may do something else now.
+
+        epoch: what came before may not be right any more, whatever the verdicts say.  ending: nexuses whose
+        commands in the adapters shall end.
+        """
+        narrowed = self.fence.settle(ending) or epoch
+        self.epoch += epoch
+        for nexus, before in list(self._told.items()):
+            now = self.unit.verdict(nexus)
+            self._told[nexus] = now
+            narrowed |= narrows(before, now)
+        if narrowed:
+            self._draining |= self._operations
+
+    async def barrier(self) -> None:
+        """Wait until all that was narrowed is in force: in the adapters, and for commands under way here."""
+        await self.fence.barrier()
+        while self._draining:
+            await next(iter(self._draining)).wait()
+            self._draining = {event for event in self._draining if not event.is_set()}
+
+    # ------------------------------------------------------------ the medium's earlier holders
+
+    def claim(self) -> bool:
+        """Make the medium ours; False while somebody else has it open: an old adapter, another fabric."""
+        if self.medium.kind is not MediumKind.NULL and not self.ready:
+            if fabric_locks.held(self.medium.fd) is not None:
+                return False
+            try:
+                fabric_locks.take(self.medium.fd, 0, read_only=not self.medium.can_write)
+            except BlockingIOError:
+                return False
+        self.ready = True
+        return True
+
+    async def wait_for_claim(self, log: structlog.typing.FilteringBoundLogger) -> None:
+        """Wait for those holders to go; says who they are when that takes long."""
+
+        def late() -> None:
+            who = ", ".join(fabric_locks.holders(self.medium.fd)) or "a process that cannot be seen from here"
+            log.warning("a unit is not served yet: its medium is still open elsewhere", unit=self.medium.name, by=who)
+
+        while not self.claim():
+            await fabric_locks.until_free(self.medium.fd, late=late)
+
+
+def narrows(before: bytes, now: bytes) -> bool:
+    return bool(int.from_bytes(before, "big") & ~int.from_bytes(now, "big"))
+
+
+class Maker:
+    """Makes Served units of configurations."""
+
+    def __init__(
+        self,
+        *,
+        fabric: Wwn,
+        inventory: Inventory,
+        store: Store,
+        kept: KeptReservations,
+        timeout: float,
+        nursery: trio.Nursery,
+        log: structlog.typing.FilteringBoundLogger,
+    ) -> None:
+        self.timeout = timeout
+        self._fabric = fabric
+        self._inventory = inventory
+        self._store = store
+        self._kept = kept
+        self._nursery = nursery
+        self._log = log
+        self._numbers = Numbers()
+
+    def make(self, target: TargetConfig, config: UnitConfig, served: Iterable[Served]) -> Served:
+        """Raises VhostfcError, which names the path: it cannot be opened, or is one of these already."""
+        unit_key = key(target, config)
+        medium, naa = self._open(unit_key, config)
+        try:
+            self._check_distinct(medium, served)
+            state = self._kept.load(naa)
+        except VhostfcError:
+            medium.close()
+            raise
+        unit = self.unit(medium, naa, target.wwnn, config.physical_block_size)
+        unit.reservations.state = state
+        fence = Fence(
+            medium,
+            name=medium.name,
+            timeout=self.timeout,
+            numbers=self._numbers,
+            nursery=self._nursery,
+            log=self._log,
+        )
+        return Served(unit_key, medium, unit, fence, partial(self._kept.save, naa))
+
+    def unit(self, medium: Medium, naa: bytes, node: Wwn, physical: int | None) -> LogicalUnit:
+        """The device server of a medium; what ports lead to it is known when it is placed.
+
+        physical: bytes in a physical block.  None: a file's pages have 4096 bytes, writes of whole ones need not
+        read first; memory has none but its blocks.
+        """
+        backed = medium.kind in {MediumKind.FILE, MediumKind.DIRECT}
+        physical = physical or (4096 if backed else medium.block_size)
+        identity = Identity(
+            serial=naa.hex()[7:],
+            naa=(naa,),
+            node=node.pack(),
+            block_size=medium.block_size,
+            physical_exponent=(physical // medium.block_size).bit_length() - 1,
+            thin=not medium.is_device,
+            write_cache=backed,
+            read_only=medium.read_only,
+        )
+        return LogicalUnit(identity, medium.blocks, self._inventory)
+
+    def keep(self, served: Served) -> None:
+        """The unit is in use from now on: its memory shall outlive us."""
+        if served.key[0] == "memory":
+            self._store.put(served.key[1], served.unit.identity.naa[0], served.medium.fd)
+
+    def remove(self, served: Served) -> None:
+        """The unit is not configured any more; its fence is empty."""
+        if served.key[0] == "memory":
+            self._store.remove(served.key[1], served.unit.identity.naa[0])
+            self._kept.forget(served.unit.identity.naa[0])
+        served.medium.close()
+
+    def _open(self, unit_key: Key, config: UnitConfig) -> tuple[Medium, bytes]:
+        kind, where = unit_key
+        seed = self._fabric.pack() + "\0".join(unit_key).encode(errors="surrogateescape")
+        match kind:
+            case "file":
+                return (
+                    media.file(
+                        Path(where),
+                        config.size,
+                        block_size=config.block_size,
+                        direct=config.cache == "none",
+                        read_only=config.read_only,
+                    ),
+                    _naa(seed),
+                )
+            case "block":
+                return (
+                    media.block(
+                        Path(where),
+                        block_size=config.block_size,
+                        direct=config.cache == "none",
+                        read_only=config.read_only,
+                    ),
+                    _naa(seed),
+                )
+            case "null":
+                assert config.size is not None
+                medium = media.null(config.size, block_size=config.block_size, name=f"null {where}")
+                medium.read_only = config.read_only
+                return medium, _naa(seed)
+        return self._memory(where, config)
+
+    def _memory(self, where: str, config: UnitConfig) -> tuple[Medium, bytes]:
+        assert config.size is not None
+        kept = self._store.take(where, config.size)
+        naa, fd = kept or (_naa(secrets.token_bytes(32)), None)
+        try:
+            medium = media.memory(config.size, block_size=config.block_size, name=f"memory {where}", fd=fd)
+        except OSError as error:
+            raise VhostfcError(f"no memory for a unit of {config.size} bytes: {error.strerror}") from None
+        medium.read_only = config.read_only
+        return medium, naa
+
+    @staticmethod
+    def _check_distinct(medium: Medium, served: Iterable[Served]) -> None:
+        """One file under two paths would be two disks that know nothing of each other."""
+        if medium.fd < 0:
+            return
+        state = os.fstat(medium.fd)
+        for other in served:
+            if other.medium.fd < 0:
+                continue
+            theirs = os.fstat(other.medium.fd)
+            same_file = (state.st_dev, state.st_ino) == (theirs.st_dev, theirs.st_ino)
+            if same_file or (medium.is_device and other.medium.is_device and state.st_rdev == theirs.st_rdev):
+                raise VhostfcError(f"{medium.name}: is the same as {other.medium.name}, which is a unit already")

@@ -1,0 +1,486 @@
+"""`vhostfc fabric`: a storage area network in one process, for adapters on a socket.
+
+The pure parts decide (fabric/), this puts them to work: links in, frames through the switch, commands
+to the runner, paths to fencing, and changes of the configuration to all of them while they run.
+
+A reload is in two halves.  First everything that may fail, which changes nothing: the new media are
+opened.  Then everything that must not fail, at one stroke; it returns when nobody can do any more what
+the new configuration forbids.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import signal
+import socket
+import time
+from collections import deque
+from collections.abc import Collection, Sequence
+from functools import partial
+
+import structlog
+import trio
+
+from vhostfc.config import FabricConfig, TargetConfig, UnitConfig, load_fabric
+from vhostfc.daemon.control import serve_control
+from vhostfc.daemon.fabric_config import check_change, check_fixed, check_places, units_of, zoning_of
+from vhostfc.daemon.fabric_kept import KeptReservations
+from vhostfc.daemon.fabric_link import Link, greet
+from vhostfc.daemon.fabric_locks import Process
+from vhostfc.daemon.fabric_runner import Runner
+from vhostfc.daemon.fabric_status import Json, describe
+from vhostfc.daemon.fabric_units import Key, Maker, Served, Store, key
+from vhostfc.daemon.fdsocket import LinkSocket, listen
+from vhostfc.daemon.fencing import OURS, Opening, Verdict
+from vhostfc.daemon.notify import Notifier, PassedFd, passed_fds
+from vhostfc.errors import ConfigError, LinkLost, VhostfcError
+from vhostfc.fabric import link
+from vhostfc.fabric.array import Array, Place
+from vhostfc.fabric.link import LinkError, Message, Note, Route
+from vhostfc.fabric.rations import Rations
+from vhostfc.fabric.switch import Output, Switch
+from vhostfc.fabric.target import Exchange, Session, TargetPort, Urgent
+from vhostfc.fc.els import Els
+from vhostfc.fc.frame import Address, Frame, FrameError, RCtl
+from vhostfc.fc.login import Login
+from vhostfc.fc.wwn import Wwn
+from vhostfc.scsi.alua import AccessState
+from vhostfc.scsi.inquiry import TargetPort as IdentityPort
+from vhostfc.scsi.report import lun_number
+from vhostfc.scsi.sense import Asc
+from vhostfc.scsi.unit import LogicalUnit
+
+
+class Fabric:
+    """A running fabric.  serve() runs it; status() and reload() are for whoever runs it."""
+
+    def __init__(
+        self,
+        config: FabricConfig,
+        *,
+        log: structlog.typing.FilteringBoundLogger,
+        notifier: Notifier | None = None,
+        passed: Sequence[PassedFd] = (),
+    ) -> None:
+        self.config = config
+        self.switch = Switch(config.wwn, zoning_of(config), clock=time.time)
+        self.array = Array()
+        self._log = log
+        self._store = Store(notifier or Notifier(), passed)
+        self._rations: Rations[Exchange] = Rations()
+        self._urgent: deque[Urgent] = deque()
+        self._targets: dict[Wwn, TargetPort] = {}
+        self._relative: dict[Wwn, int] = {}
+        self._names: dict[int, Wwn] = {}
+        self._served: dict[Key, Served] = {}
+        self._links: dict[int, Link] = {}
+        self._reloading = trio.Lock()
+
+    async def serve(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Serve until cancelled.  Raises VhostfcError when it cannot begin: a socket, a medium."""
+        config = self.config
+        with listen(config.socket, socket.SOCK_SEQPACKET) as listener:
+            try:
+                async with trio.open_nursery() as nursery:
+                    self._begin(nursery)
+                    await self._apply(config, self._prepare(config))
+                    self._store.drop_rest()
+                    handlers = {"status": self._on_status, "reload": self._on_reload}
+                    await nursery.start(partial(serve_control, config.control, handlers, log=self._log))
+                    self._log.info("the fabric is up", fabric=config.name, socket=str(config.socket))
+                    task_status.started()
+                    while True:
+                        nursery.start_soon(self._welcome, await listener.accept())
+            finally:
+                for served in self._served.values():
+                    served.medium.close()
+
+    def _begin(self, nursery: trio.Nursery) -> None:
+        self._nursery = nursery
+        self._maker = Maker(
+            fabric=self.config.wwn,
+            inventory=self.array,
+            store=self._store,
+            kept=KeptReservations(
+                self.config.state / "reservations",
+                port_name=lambda number: self._names[number].pack(),
+                port_number=lambda name: self._number(Wwn.unpack(name)),
+                log=self._log,
+            ),
+            timeout=self.config.fence_timeout,
+            nursery=nursery,
+            log=self._log,
+        )
+        self._runner = Runner(
+            switch=self.switch,
+            array=self.array,
+            rations=self._rations,
+            urgent=self._urgent,
+            served=self._served_of,
+            everybody=lambda: list(self._served.values()),
+            transmit=self._transmit,
+            nursery=nursery,
+            log=self._log,
+        )
+
+    def _number(self, target: Wwn) -> int:
+        """The relative identifier of a target port; one that was in use once is not given to another."""
+        number = self._relative.setdefault(target, len(self._relative) + 1)
+        self._names[number] = target
+        return number
+
+    def _served_of(self, unit: LogicalUnit) -> Served | None:
+        return next((served for served in self._served.values() if served.unit is unit), None)
+
+    # ------------------------------------------------------------ links
+
+    async def _welcome(self, sock: trio.socket.SocketType) -> None:
+        """One connection, from its beginning to its end."""
+        with LinkSocket(sock) as connection:
+            try:
+                process = Process(sock)
+            except OSError as error:
+                self._log.warning("refused a link: its process could not be fenced", reason=error.strerror)
+                return
+            openings: list[Opening] = []
+            try:
+                adapter = await greet(connection, process, self.config.name)
+                if adapter is not None:
+                    openings = await self._serve_link(adapter)
+            except (LinkError, LinkLost) as error:
+                self._log.warning("refused a link", peer=connection.peer, reason=str(error))
+            finally:
+                # The process is needed for as long as it may have to be killed.
+                if any(not opening.gone.is_set() for opening in openings):
+                    self._nursery.start_soon(_farewell, process, openings)
+                else:
+                    process.close()
+
+    async def _serve_link(self, adapter: Link) -> list[Opening]:
+        adapter.f_port = self.switch.attach(adapter.name)
+        self._links[adapter.f_port] = adapter
+        self._log.info("a link is up", adapter=adapter.name, pid=adapter.pid)
+        try:
+            await adapter.serve(self._handle, self._log)
+        finally:
+            del self._links[adapter.f_port]
+            openings = adapter.lost()
+            self._post(self.switch.detach(adapter.f_port))
+            self._runner.kick()
+            self._log.info("a link is down", adapter=adapter.name, pid=adapter.pid)
+        return openings
+
+    def _handle(self, adapter: Link, message: Message) -> None:
+        """What an adapter sends, but for acknowledgements.  Raises LinkError for what it may not send."""
+        match message:
+            case link.Frame(data):
+                going = self._going(adapter, data)
+                if going:
+                    self._nursery.start_soon(self._late_login, adapter, data, going)
+                else:
+                    self._frame(adapter.f_port, data)
+            case link.Open():
+                self._open(adapter, message)
+            case _:
+                raise LinkError(f"{message.kind.name} from an adapter")
+
+    def _frame(self, f_port: int, data: bytes) -> None:
+        self._post(self.switch.receive(f_port, data))
+        self._runner.kick()
+
+    def _going(self, adapter: Link, data: bytes) -> list[Opening]:
+        """For a FLOGI or FDISC: what an earlier life of this Port_Name still has open.
+
+        Its commands may still reach the medium; they must not land behind those of the new life.
+        """
+        if data[0] != RCtl.ELS_REQUEST or int.from_bytes(data[1:4], "big") != Address.F_PORT:
+            return []
+        try:
+            login = Login.unpack(Frame.unpack(data).payload)
+        except FrameError:
+            return []
+        if login.command not in {Els.FLOGI, Els.FDISC}:
+            return []
+        return [
+            opening
+            for served in self._served.values()
+            for opening in served.fence.openings.values()
+            if opening.wwpn == login.wwpn and opening.end is not None and opening.adapter is not adapter
+        ]
+
+    async def _late_login(self, adapter: Link, data: bytes, going: list[Opening]) -> None:
+        for opening in going:
+            await opening.gone.wait()
+        if adapter.f_port in self._links:
+            self._frame(adapter.f_port, data)
+
+    def _post(self, outputs: list[Output]) -> None:
+        for port, what in outputs:
+            if port in self._links:
+                self._links[port].post_frame(what)
+
+    async def _transmit(self, port: int, what: bytes | Note) -> None:
+        if port in self._links:
+            await self._links[port].send_frame(what)
+
+    # ------------------------------------------------------------ paths
+
+    def _open(self, adapter: Link, wanted: link.Open) -> None:
+        if wanted.seq & OURS:
+            raise LinkError(f"OPEN with seq {wanted.seq:#x}, whose top bit is the fabric's")
+        login, target = self.switch.login(wanted.s_id), self._target(wanted.d_id)
+        if login is not None and login.f_port == adapter.f_port and target is not None:
+            session = target.sessions.get(wanted.s_id)
+            served = self._reachable(target, session, wanted.lun)
+            if session is not None and served is not None:
+                opening = served.fence.open(
+                    adapter,
+                    wanted.seq,
+                    nexus=session.nexus,
+                    wwpn=session.wwpn,
+                    lun=lun_number(wanted.lun) or 0,
+                    decide=partial(self._verdict, served, target, session, wanted.lun),
+                )
+                adapter.openings[opening.handle] = (served.fence, opening)
+                return
+        adapter.post(Route(wanted.seq, 0, 0, gone=True), [])
+
+    def _target(self, port_id: int) -> TargetPort | None:
+        return next((target for target in self._targets.values() if target.port_id == port_id), None)
+
+    def _reachable(self, target: TargetPort, session: Session | None, lun: bytes) -> Served | None:
+        """The unit at this LUN, if the session still is one, and zones and masks let it through."""
+        if session is None or not session.image or target.sessions.get(session.port_id) is not session:
+            return None
+        if not self.switch.visible(session.wwpn, target.wwpn):
+            return None
+        server = self.array.resolve(target, session.wwpn, lun)
+        return self._served_of(server) if isinstance(server, LogicalUnit) else None
+
+    def _verdict(self, served: Served, target: TargetPort, session: Session, lun: bytes) -> Verdict:
+        """What fencing asks for each opening, whenever anything may have changed."""
+        if self._reachable(target, session, lun) is not served:
+            return Verdict(gone=True)
+        unit = served.unit
+        mask = bytes(32) if served.ordered else unit.verdict(session.nexus)
+        return Verdict(mask, unit.mode.write_protected, unit.blocks)
+
+    # ------------------------------------------------------------ configuration
+
+    async def reload(self, config: FabricConfig) -> None:
+        """Make this configuration the one in force; when it returns, nobody does any more what it forbids.
+
+        Raises ConfigError or VhostfcError when it cannot be; nothing has changed then.
+        """
+        async with self._reloading:
+            check_fixed(self.config, config)
+            check_places(self.config, config)
+            await self._apply(config, self._prepare(config))
+        self._log.info("reloaded", path=str(config.path), targets=len(config.targets), zones=len(config.zones))
+
+    def _prepare(self, config: FabricConfig) -> dict[Key, Served]:
+        """Open what is new.  Raises ConfigError or VhostfcError, and then leaves nothing behind."""
+        new: dict[Key, Served] = {}
+        for target in config.targets:
+            self._number(target.wwpn)
+            login = self.switch.find(target.wwpn)
+            if login is not None:
+                raise ConfigError(f"{config.path}:{target.line}: wwpn: {target.wwpn} is logged in, by {login.holder!r}")
+        try:
+            for unit_key, (target, unit) in units_of(config).items():
+                served = self._served.get(unit_key)
+                if served is not None:
+                    check_change(config, unit, served)
+                else:
+                    others = [*self._served.values(), *new.values()]
+                    new[unit_key] = self._maker.make(target, unit, others)
+        except VhostfcError:
+            for served in new.values():
+                served.medium.close()
+            raise
+        return new
+
+    async def _apply(self, config: FabricConfig, new: dict[Key, Served]) -> None:
+        """Nothing here may fail, and nothing waits before all of it is done."""
+        self.config = config
+        self._maker.timeout = config.fence_timeout
+        self._served.update(new)
+        for served in new.values():
+            self._maker.keep(served)
+            if not served.claim():
+                self._nursery.start_soon(self._claim_later, served)
+        wanted = units_of(config)
+        outputs: list[Output] = []
+        zoning = zoning_of(config)
+        if zoning.zones != self.switch.zoning.zones:
+            outputs += self.switch.set_zoning(zoning)
+        outputs += self._set_targets(config)
+        resized = self._set_units(wanted)
+        outputs += self._place(resized)
+        self._post(outputs)
+        self._runner.kick()
+        everybody = list(self._served.values())
+        for served in everybody:
+            served.fence.timeout = config.fence_timeout
+            served.changed(epoch=True)
+        gone = [served for served in everybody if served.key not in wanted]
+        for served in gone:
+            served.claiming.cancel()
+            await self._runner.end_tasks(served)
+        for served in everybody:
+            await served.barrier()
+        for served in gone:
+            await served.fence.drained()
+            del self._served[served.key]
+            self._maker.remove(served)
+
+    def _set_targets(self, config: FabricConfig) -> list[Output]:
+        """Target ports come and go; one with another node name is another one."""
+        outputs: list[Output] = []
+        wanted = {target.wwpn: target for target in config.targets}
+        for wwpn, port in list(self._targets.items()):
+            target = wanted.get(wwpn)
+            if target is not None and target.wwnn == port.wwnn:
+                port.name = target.name
+                continue
+            del self._targets[wwpn]
+            outputs += self.switch.remove_target(port)
+            for port_id in list(port.sessions):
+                port.forget(port_id)
+            self._runner.kick()
+            self.array.remove(port)
+        for wwpn, target in wanted.items():
+            if wwpn not in self._targets:
+                relative = self._number(wwpn)
+                port = TargetPort(target.name, wwpn, target.wwnn, relative, rations=self._rations, urgent=self._urgent)
+                self._targets[wwpn] = port
+                self.array.add(port)
+                outputs += self.switch.add_target(port)
+        return outputs
+
+    def _set_units(self, wanted: dict[Key, tuple[TargetConfig, UnitConfig]]) -> set[LogicalUnit]:
+        """Sizes, write protection and names of what is served; returns the units that have grown."""
+        resized: set[LogicalUnit] = set()
+        access = {one.group: AccessState[one.access.upper().replace("-", "_")] for one in self.config.targets}
+        for unit_key, (target, config) in wanted.items():
+            served = self._served[unit_key]
+            medium = served.medium
+            if medium.read_only != config.read_only:
+                medium.read_only = config.read_only
+                before = served.unit
+                served.unit = self._maker.unit(medium, before.identity.naa[0], target.wwnn, config.physical_block_size)
+                served.unit.reservations, served.unit.access = before.reservations, before.access
+            size = config.size or medium.current_size()
+            if size // medium.block_size > medium.blocks:
+                medium.grow(size)
+                served.unit.resize(medium.blocks)
+                resized.add(served.unit)
+            ports = tuple(
+                IdentityPort(self._relative[other.wwpn], other.wwpn.pack(), other.group)
+                for other in self.config.targets
+                if any(key(other, unit) == unit_key for unit in other.units)
+            )
+            served.unit.identity = dataclasses.replace(served.unit.identity, ports=ports)
+            served.unit.set_access(access)
+        return resized
+
+    def _place(self, resized: Collection[LogicalUnit] = ()) -> list[Output]:
+        """Put every unit that is ready at its LUNs, and tell those for whom that makes a difference."""
+        outputs: list[Output] = []
+        for config in self.config.targets:
+            target = self._targets[config.wwpn]
+            ports = [login.wwpn for login in self.switch.logins()]
+            before = {wwpn: self.array.seen(target, wwpn) for wwpn in ports}
+            places = {}
+            for unit in config.units:
+                served = self._served[key(config, unit)]
+                if served.ready:
+                    places[unit.lun] = Place(served.unit, unit.allow)
+            self.array.set_places(target, places)
+            concerned = []
+            for wwpn in ports:
+                now = self.array.seen(target, wwpn)
+                self._tell(target, wwpn, before[wwpn], now)
+                if now != before[wwpn] or any(unit in resized for unit in now.values()):
+                    concerned.append(wwpn)
+            outputs += self.switch.service_changed(target, concerned)
+        return outputs
+
+    def _tell(self, target: TargetPort, wwpn: Wwn, before: dict[int, LogicalUnit], now: dict[int, LogicalUnit]) -> None:
+        """Nexuses end and begin; those that stay are told that the inventory is another."""
+        session = target.session(wwpn)
+        if session is None or now == before:
+            return
+        for unit in {*before.values()} - {*now.values()}:
+            unit.detach(session.nexus)
+        for unit in {*now.values()} - {*before.values()}:
+            unit.attach(session.nexus)
+        if now.keys() != before.keys():
+            for unit in {*now.values()} & {*before.values()}:
+                unit.attention(Asc.REPORTED_LUNS_DATA_HAS_CHANGED, [session.nexus])
+
+    async def _claim_later(self, served: Served) -> None:
+        """A medium that somebody of an earlier life still has open: the unit appears when it is free."""
+        with served.claiming:
+            await served.wait_for_claim(self._log)
+            self._post(self._place())
+            for one in self._served.values():
+                one.changed()
+            self._log.info("a unit is served now", unit=served.medium.name)
+
+    # ------------------------------------------------------------ control
+
+    async def _on_status(self, _request: Json) -> Json:
+        await trio.lowlevel.checkpoint()
+        return self.status()
+
+    async def _on_reload(self, _request: Json) -> Json:
+        await self.reload(load_fabric(self.config.path))
+        return {}
+
+    def status(self) -> Json:
+        """What there is, as JSON: the fabric, logins, targets with units and who has them open, zones."""
+        pids = {f_port: one.pid for f_port, one in self._links.items()}
+        return describe(self.config, self.switch, self._targets, self._served, pids)
+
+
+async def _farewell(process: Process, openings: list[Opening]) -> None:
+    try:
+        for opening in openings:
+            await opening.gone.wait()
+    finally:
+        process.close()
+
+
+async def run_fabric(
+    config: FabricConfig,
+    *,
+    log: structlog.typing.FilteringBoundLogger,
+    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """`vhostfc fabric`: serve until cancelled, as a service of systemd where it is one; SIGHUP reloads the file.
+
+    Raises VhostfcError when it cannot begin.
+    """
+    notifier = Notifier.from_environment()
+    fabric = Fabric(config, log=log, notifier=notifier, passed=passed_fds())
+    with trio.open_signal_receiver(signal.SIGHUP) as hangups:
+        async with trio.open_nursery() as nursery:
+            await nursery.start(fabric.serve)
+            if notifier.watchdog_timeout:
+                nursery.start_soon(_feed, notifier, notifier.watchdog_timeout / 2)
+            notifier.ready()
+            task_status.started()
+            async for _ in hangups:
+                notifier.reloading()
+                try:
+                    await fabric.reload(load_fabric(config.path))
+                except VhostfcError as error:
+                    log.error("not reloaded, nothing has changed", reason=str(error))
+                notifier.ready()
+
+
+async def _feed(notifier: Notifier, interval: float) -> None:
+    while True:
+        notifier.watchdog()
+        await trio.sleep(interval)

@@ -1,0 +1,365 @@
+"""Fencing: nobody touches a medium who may not, and "may not" is known to be in force before it is said.
+
+An adapter that opens a path is given a description of the medium and a verdict (a Route): the opcodes
+that it may run by itself.  Whenever the verdict changes it is given another Route.  A Route that
+*narrows* (fewer opcodes, another in_flight than FINISH, the end) must be in force before any status goes
+back to anybody: barrier() waits for that.  One that widens need not be waited for.
+
+In force is a Route when it has been acknowledged AND the kernel says that the descriptions given with
+older ones are gone (fabric_locks): an acknowledgement that is not true is not taken for one.
+
+An adapter that is late by more than fence_timeout is killed.  Gone means gone: the process is dead,
+or its link is closed, *and* the lock bytes of its descriptions are free; only then are the words that
+it left in the range latch freed and its Routes counted as acknowledged.  As long as that cannot be
+had (a kernel that hangs in a device, a process that we may not kill) barriers wait, loudly.
+"""
+
+from __future__ import annotations
+
+import enum
+import itertools
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import structlog
+import trio
+
+from vhostfc.daemon import fabric_locks
+from vhostfc.daemon.fabric_latch import OWNER
+from vhostfc.daemon.media import Medium
+from vhostfc.fabric.link import InFlight, MediumKind, Route
+from vhostfc.fc.wwn import Wwn
+from vhostfc.scsi.task import Nexus
+
+#: A Route that is no answer to an Open has a seq with this bit.
+OURS = 1 << 31
+_NOTHING = bytes(32)
+
+
+class Adapter(Protocol):
+    """Where Routes go: the link to an adapter, and the process behind it."""
+
+    name: str
+    pid: int
+
+    def post(self, route: Route, fds: list[int]) -> None:
+        """Send a Route before all else; takes the fds, and closes them when they are sent or cannot be."""
+        ...
+
+    def kill(self) -> str | None:
+        """Kill the process; None, or why not."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What a nexus may do by itself on a unit.  gone: the nexus or the unit is no more."""
+
+    mask: bytes = _NOTHING
+    read_only: bool = False
+    blocks: int = 0
+    gone: bool = False
+
+    def narrows(self, before: Verdict) -> bool:
+        """Is something forbidden that was allowed before?"""
+        fewer = int.from_bytes(before.mask, "big") & ~int.from_bytes(self.mask, "big")
+        return bool(fewer) or self.gone or self.blocks < before.blocks or self.read_only > before.read_only
+
+
+class End(enum.Enum):
+    """How an opening is over."""
+
+    CLOSED = "closed"
+    LOST = "link lost"
+
+
+@dataclass(eq=False, slots=True)
+class _Pending:
+    """A Route that is out.  settled: it is in force, or its adapter is gone."""
+
+    seq: int
+    narrow: bool
+    acked: trio.Event = field(default_factory=trio.Event)
+    settled: trio.Event = field(default_factory=trio.Event)
+
+
+@dataclass(eq=False, slots=True)
+class Opening:
+    """A path that an adapter has open: its number for both sides, its number in the latch, what it was told.
+
+    numbers: lock bytes of the descriptions that it was given and may still have.
+    """
+
+    adapter: Adapter
+    nexus: Nexus
+    wwpn: Wwn
+    lun: int
+    handle: int
+    owner: int
+    decide: Callable[[], Verdict]
+    epoch: int = 0
+    out: Verdict = field(default_factory=Verdict)
+    pending: list[_Pending] = field(default_factory=list)
+    numbers: list[int] = field(default_factory=list)
+    end: End | None = None
+    gone: trio.Event = field(default_factory=trio.Event)
+
+    @property
+    def busy(self) -> bool:
+        """May the adapter have commands under way?"""
+        return any(self.out.mask) or bool(self.numbers) or any(pending.narrow for pending in self.pending)
+
+
+class Numbers:
+    """What must be unique in a fabric: handles and owners, lock bytes, Routes' seqs."""
+
+    def __init__(self) -> None:
+        self.handle = itertools.count(1)
+        self.owner = itertools.count(OWNER + 1)
+        self.lock = itertools.count(1)
+        self.seq = itertools.count(OURS)
+
+
+class Fence:
+    """The openings of one unit."""
+
+    def __init__(
+        self,
+        medium: Medium,
+        *,
+        name: str,
+        timeout: float,
+        numbers: Numbers,
+        nursery: trio.Nursery,
+        log: structlog.typing.FilteringBoundLogger,
+    ) -> None:
+        self.medium = medium
+        self.name = name
+        self.timeout = timeout
+        self.openings: dict[int, Opening] = {}
+        self._numbers = numbers
+        self._nursery = nursery
+        self._log = log
+
+    # ------------------------------------------------------------ what adapters do
+
+    def open(
+        self, adapter: Adapter, seq: int, *, nexus: Nexus, wwpn: Wwn, lun: int, decide: Callable[[], Verdict]
+    ) -> Opening:
+        """A path for this nexus; its first Route answers the Open with this seq.  decide: the verdict, now."""
+        opening = Opening(adapter, nexus, wwpn, lun, next(self._numbers.handle), next(self._numbers.owner), decide)
+        self.openings[opening.handle] = opening
+        self._send(opening, decide(), InFlight.FINISH, seq=seq)
+        return opening
+
+    def acked(self, opening: Opening, seq: int) -> None:
+        """The adapter says that this Route is in force; that goes for all older ones too."""
+        known = next((i for i, pending in enumerate(opening.pending) if pending.seq == seq), -1)
+        for pending in opening.pending[: known + 1]:
+            pending.acked.set()
+        opening.pending = [p for p in opening.pending if p.narrow or not p.acked.is_set()]
+
+    def close(self, opening: Opening) -> None:
+        """The adapter gives the path up."""
+        self._finish(opening, End.CLOSED)
+
+    def lost(self, opening: Opening) -> None:
+        """The link is closed, or the process is dead."""
+        self._finish(opening, End.LOST)
+
+    def _finish(self, opening: Opening, end: End) -> None:
+        if opening.end is None:
+            opening.end = end
+            self._nursery.start_soon(self._bury, opening)
+
+    def stuck(self, owner: int) -> None:
+        """This owner has held a stripe of the medium for more than a second: it has to show that it is alive."""
+        if owner == OWNER:
+            self._log.warning("the fabric itself holds blocks for more than a second", unit=self.name)
+            return
+        opening = next((o for o in self.openings.values() if o.owner == owner), None)
+        if opening is None:
+            latch = self.medium.latch
+            if freed := latch.recover(owner) if latch else 0:  # else: another unit's, or free by now
+                self._log.warning("freed blocks that a dead adapter held", unit=self.name, owner=owner, stripes=freed)
+        elif opening.end is None and not any(pending.narrow for pending in opening.pending):
+            self._log.warning(
+                "an adapter holds blocks for more than a second",
+                unit=self.name,
+                adapter=opening.adapter.name,
+                wwpn=str(opening.wwpn),
+            )
+            self._send(opening, opening.out, InFlight.FINISH, must_ack=True)
+
+    # ------------------------------------------------------------ what the fabric does
+
+    def settle(self, in_flight: Mapping[Nexus, InFlight] | None = None) -> bool:
+        """Compare what every opening may do with what it was told, and tell it.
+
+        in_flight: nexuses whose commands shall end now, whatever the verdict.  True when something was narrowed.
+        """
+        narrowed = False
+        for opening in list(self.openings.values()):
+            if opening.end is not None or opening.out.gone:
+                continue
+            verdict = opening.decide()
+            action = (in_flight or {}).get(opening.nexus, InFlight.FINISH)
+            if not opening.busy:
+                action = InFlight.FINISH
+            if verdict != opening.out or action is not InFlight.FINISH:
+                narrowed |= self._send(opening, verdict, action)
+        return narrowed
+
+    async def barrier(self) -> None:
+        """Wait until every narrowing that is out now is in force, and every adapter that is going is gone."""
+        waiting: list[trio.Event] = []
+        for opening in self.openings.values():
+            if opening.end is not None:
+                waiting.append(opening.gone)
+            waiting += [pending.settled for pending in opening.pending if pending.narrow]
+        await trio.lowlevel.checkpoint()
+        for event in waiting:
+            await event.wait()
+
+    async def drained(self) -> None:
+        """Wait until there is no opening any more."""
+        while self.openings:
+            await next(iter(self.openings.values())).gone.wait()
+        await trio.lowlevel.checkpoint()
+
+    async def settled(self, nexuses: Iterable[Nexus]) -> None:
+        """The same for these nexuses only."""
+        among = set(nexuses)
+        for opening in [o for o in self.openings.values() if o.nexus in among]:
+            for pending in [p for p in opening.pending if p.narrow]:
+                await pending.settled.wait()
+            if opening.end is not None:
+                await opening.gone.wait()
+        await trio.lowlevel.checkpoint()
+
+    def _send(
+        self,
+        opening: Opening,
+        verdict: Verdict,
+        action: InFlight,
+        *,
+        seq: int | None = None,
+        must_ack: bool = False,
+    ) -> bool:
+        """Give an opening its next Route; True when that has to be waited for."""
+        narrow = seq is None and (must_ack or action is not InFlight.FINISH or verdict.narrows(opening.out))
+        older = tuple(opening.numbers)
+        fds: list[int] = []
+        kind = MediumKind.NONE
+        if not verdict.gone and any(verdict.mask):
+            try:
+                fds = self._describe(opening)
+                kind = self.medium.kind
+            except OSError as error:
+                self._log.error("cannot give an adapter its medium", unit=self.name, reason=error.strerror)
+                verdict = Verdict(read_only=verdict.read_only, blocks=verdict.blocks)
+        opening.epoch += 1
+        opening.out = verdict
+        pending = _Pending(next(self._numbers.seq) if seq is None else seq, narrow)
+        opening.pending.append(pending)
+        route = Route(
+            seq=pending.seq,
+            nexus=opening.handle,
+            epoch=opening.epoch,
+            mask=verdict.mask if kind is not MediumKind.NONE else _NOTHING,
+            in_flight=action,
+            gone=verdict.gone,
+            read_only=verdict.read_only,
+            medium=kind,
+            owner=opening.owner,
+            block_size=self.medium.block_size,
+            blocks=verdict.blocks,
+        )
+        opening.adapter.post(route, fds)
+        if narrow:
+            self._nursery.start_soon(self._enforce, opening, pending, older)
+        return narrow
+
+    def _describe(self, opening: Opening) -> list[int]:
+        """[medium, latch] for an adapter: a description of its own, with a lock byte of its own."""
+        if self.medium.kind is MediumKind.NULL:
+            return []
+        number = next(self._numbers.lock)
+        fd = self.medium.reopen()
+        try:
+            fabric_locks.take(fd, number, read_only=self.medium.read_only)
+            fds = [fd, os.dup(self.medium.latch_fd)]
+        except OSError:
+            os.close(fd)
+            raise
+        opening.numbers.append(number)
+        return fds
+
+    async def _enforce(self, opening: Opening, pending: _Pending, older: tuple[int, ...]) -> None:
+        """See to it that a narrower Route comes into force, by whatever it takes."""
+        with trio.move_on_after(self.timeout) as scope:
+            await self._in_force(opening, pending, older)
+        if scope.cancelled_caught:
+            if opening.end is None:
+                said = "acknowledged a route, but keeps the medium" if pending.acked.is_set() else "does not answer"
+                self._kill(opening, said)
+            await self._in_force(opening, pending, older)
+        pending.settled.set()
+        if pending in opening.pending:
+            opening.pending.remove(pending)
+        if opening.out.gone:
+            self._finish(opening, End.CLOSED)
+
+    async def _in_force(self, opening: Opening, pending: _Pending, older: tuple[int, ...]) -> None:
+        await pending.acked.wait()
+        await self._released(opening, older)
+
+    async def _released(self, opening: Opening, numbers: tuple[int, ...], *, loud: bool = False) -> None:
+        """Wait until the descriptions with these lock bytes are gone; loud: say who has them when it takes long."""
+
+        def late() -> None:
+            by = ", ".join(fabric_locks.holders(self.medium.fd)) or "nobody that can be seen from here"
+            adapter = opening.adapter.name
+            self._log.critical("a medium is still held; others wait for it", unit=self.name, adapter=adapter, by=by)
+
+        for number in numbers:
+            if number in opening.numbers:
+                await fabric_locks.until_free(self.medium.fd, number, 1, late=late if loud else None)
+                if number in opening.numbers:
+                    opening.numbers.remove(number)
+
+    async def _bury(self, opening: Opening) -> None:
+        """An opening is over: wait until its adapter has nothing of the medium any more, then forget it."""
+        with trio.move_on_after(self.timeout) as scope:
+            await self._released(opening, tuple(opening.numbers))
+        if scope.cancelled_caught:
+            said = "closed a path" if opening.end is End.CLOSED else "lost its link"
+            self._kill(opening, f"{said}, but keeps the medium")
+            await self._released(opening, tuple(opening.numbers), loud=True)
+        latch = self.medium.latch
+        freed = latch.recover(opening.owner) if latch else 0
+        if freed:
+            self._log.warning(
+                "freed blocks that an adapter held when it went",
+                unit=self.name,
+                adapter=opening.adapter.name,
+                wwpn=str(opening.wwpn),
+                stripes=freed,
+            )
+        del self.openings[opening.handle]
+        opening.gone.set()
+        for pending in opening.pending:
+            pending.acked.set()
+            pending.settled.set()
+        opening.pending.clear()
+
+    def _kill(self, opening: Opening, why: str) -> None:
+        adapter = opening.adapter
+        fields = {"adapter": adapter.name, "pid": adapter.pid, "wwpn": str(opening.wwpn), "unit": self.name}
+        refused = adapter.kill()
+        if refused is None:
+            self._log.error(f"killed an adapter: it {why}", seconds=self.timeout, **fields)
+        else:
+            self._log.critical(f"an adapter {why}, and cannot be killed: {refused}; others wait for it", **fields)

@@ -1,0 +1,375 @@
+"""Media: what the blocks of a logical unit are kept in, as the fabric uses them.
+
+Memory (a sealed memfd), a file, a block device, or nothing at all (null).  The adapters' C works on
+the same bytes through descriptors of its own, so three rules hold here as there:
+
+- every access holds the range latch of its stripes (the fabric is owner 1), reads too: no block is
+  ever seen half written.  Nobody blocks on a latch: we ask, sleep a little, ask again;
+- one cache mode per unit.  O_DIRECT needs aligned memory, which a bounce buffer mends; it never mends
+  a length: nothing here reads, changes and writes back part of a device block;
+- a command may lose its right to the medium while it waits for a latch, so the caller takes the latch
+  (fabric_latch.Holding), looks again, and only then writes.
+
+Memory answers at once; files and devices may sleep, so their calls run in threads of the medium's
+own allowance: a device that hangs takes no other unit's threads with it.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import mmap
+import os
+import stat
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import trio
+
+from vhostfc.errors import VhostfcError
+from vhostfc.fabric.link import MediumKind
+from vhostfc.native import LATCH_BYTES, Latch
+from vhostfc.scsi.task import MediumError
+
+#: Threads that may work on one medium at a time.
+THREADS = 8
+#: The largest piece that memory is touched in without leaving the event loop, and that a fill writes at a time.
+PIECE = 1 << 20
+
+# linux/falloc.h: FS_IOC_UNRESVSP64 punches a hole into any regular file; struct space_resv.
+_FS_IOC_UNRESVSP64 = 0x4030582B
+_SPACE_RESV = struct.Struct("hhqqiI16x")
+# linux/fs.h
+_BLKSSZGET, _BLKGETSIZE64, _BLKZEROOUT, _BLKROGET = 0x1268, 0x80081272, 0x127F, 0x125E
+
+T = TypeVar("T")
+
+
+class Medium:
+    """The blocks of one unit.  Made by memory(), file(), block() and null() below; close() gives it up.
+
+    read_only: what others are given; can_write: what we could do.  fd: -1 for null.  latch_fd: the memfd
+    that goes to adapters with the fd.  Blocks and ranges are in units of block_size; what a caller asks
+    for is inside `blocks`.  Failures are scsi's MediumError.
+    """
+
+    def __init__(
+        self,
+        kind: MediumKind,
+        fd: int,
+        *,
+        name: str,
+        block_size: int,
+        size: int,
+        read_only: bool = False,
+    ) -> None:
+        self.kind = kind
+        self.fd = fd
+        self.name = name
+        self.block_size = block_size
+        self.blocks = size // block_size
+        self.read_only = read_only
+        self.can_write = fd < 0 or fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDWR
+        self.is_device = fd >= 0 and stat.S_ISBLK(os.fstat(fd).st_mode)
+        self.latch_fd = -1
+        self.latch: Latch | None = None
+        self._limiter = trio.CapacityLimiter(THREADS)
+        if kind is not MediumKind.NULL:
+            self.latch_fd = os.memfd_create("vhostfc-latch", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+            os.ftruncate(self.latch_fd, LATCH_BYTES)
+            fcntl.fcntl(self.latch_fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
+            self.latch = Latch(self.latch_fd)
+
+    def __repr__(self) -> str:
+        return f"<Medium {self.kind.name} {self.name}: {self.blocks} x {self.block_size}>"
+
+    def close(self) -> None:
+        """Idempotent.  No command may be using it."""
+        if self.latch is not None:
+            self.latch.close()
+            self.latch = None
+        for fd in (self.fd, self.latch_fd):
+            if fd >= 0:
+                os.close(fd)
+        self.fd = self.latch_fd = -1
+
+    def reopen(self) -> int:
+        """A new open file description of the same medium (never a dup: locks belong to descriptions)."""
+        flags = os.O_RDONLY if self.read_only else os.O_RDWR
+        if self.kind is MediumKind.DIRECT:
+            flags |= os.O_DIRECT
+        return os.open(f"/proc/self/fd/{self.fd}", flags | os.O_CLOEXEC)
+
+    def current_size(self) -> int:
+        """Bytes that the file or the device has now; for others, what they were made with."""
+        if self.kind not in {MediumKind.FILE, MediumKind.DIRECT}:
+            return self.blocks * self.block_size
+        return _ioctl_number(self.fd, _BLKGETSIZE64, 8) if self.is_device else os.fstat(self.fd).st_size
+
+    def grow(self, size: int) -> None:
+        """Make room for `size` bytes; blocks follow.  Raises VhostfcError: it cannot grow, or would shrink."""
+        if size // self.block_size < self.blocks:
+            raise VhostfcError(f"{self.name}: cannot shrink from {self.blocks * self.block_size} to {size} bytes")
+        if self.fd >= 0 and not self.is_device and os.fstat(self.fd).st_size < size:
+            try:
+                os.ftruncate(self.fd, size)
+            except OSError as error:
+                raise VhostfcError(f"{self.name}: cannot grow to {size} bytes: {error.strerror}") from None
+        self.blocks = size // self.block_size
+
+    # ------------------------------------------------------------ what a unit's effects ask for
+
+    async def read(self, lba: int, blocks: int, *, fua: bool = False) -> bytes:
+        length = blocks * self.block_size
+        if self.kind is MediumKind.NULL:
+            return bytes(length)
+        return await self._run(length, lambda: self._read(lba, length, fua))
+
+    async def write(self, lba: int, data: bytes, *, fua: bool = False) -> None:
+        if self.kind is not MediumKind.NULL:
+            await self._run(len(data), lambda: self._write(lba, data, fua))
+
+    async def fill(self, lba: int, blocks: int, block: bytes, *, unmap: bool = False) -> None:
+        """unmap, with a block of zeros: the medium may drop the blocks, and they read as zeros."""
+        if self.kind is not MediumKind.NULL:
+            drop = unmap and not any(block)
+            await self._run(blocks * self.block_size, lambda: self._fill(lba, blocks, block, drop))
+
+    async def flush(self) -> None:
+        if self.kind in {MediumKind.FILE, MediumKind.DIRECT}:
+            await self._run(0, lambda: self._sync(0))
+
+    async def extents(self, lba: int, blocks: int) -> list[tuple[int, int, bool]]:
+        """[(lba, blocks, mapped)] over the range in order.  A device tells nothing: all of it is mapped."""
+        if self.kind is MediumKind.NULL:
+            return [(lba, blocks, False)]
+        if self.is_device:
+            return [(lba, blocks, True)]
+        return await self._run(0, lambda: self._extents(lba, blocks))
+
+    async def _run(self, length: int, call: Callable[[], T]) -> T:
+        """In a thread where the call may take long.  Not abandoned when cancelled: it is done when we are."""
+        if self.kind is MediumKind.MEMORY and length <= PIECE:
+            await trio.lowlevel.checkpoint()
+            return call()
+        return await trio.to_thread.run_sync(call, limiter=self._limiter)
+
+    # ------------------------------------------------------------ in the thread
+
+    def _failed(self, lba: int, error: OSError) -> MediumError:
+        return MediumError(lba, space=error.errno in {errno.ENOSPC, errno.EDQUOT})
+
+    def _sync(self, lba: int) -> None:
+        if self.kind is MediumKind.MEMORY:
+            return
+        try:
+            os.fdatasync(self.fd)
+        except OSError as error:
+            raise self._failed(lba, error) from error
+
+    def _read(self, lba: int, length: int, fua: bool) -> bytes:
+        if fua:
+            self._sync(lba)
+        offset, done = lba * self.block_size, 0
+        with _aligned(length) as buffer, memoryview(buffer) as view:
+            while done < length:
+                try:
+                    got = os.preadv(self.fd, [view[done:length]], offset + done)
+                except OSError as error:
+                    raise self._failed(lba + done // self.block_size, error) from error
+                if not got:
+                    raise MediumError(lba + done // self.block_size)  # somebody truncated the file
+                done += got
+            return bytes(view[:length])
+
+    def _write(self, lba: int, data: bytes, fua: bool) -> None:
+        if self.kind is MediumKind.DIRECT:
+            with _aligned(len(data)) as buffer:
+                buffer[: len(data)] = data
+                with memoryview(buffer) as view:
+                    self._write_all(lba, view[: len(data)])
+        else:
+            self._write_all(lba, memoryview(data))
+        if fua:
+            self._sync(lba)
+
+    def _write_all(self, lba: int, view: memoryview) -> None:
+        offset, done = lba * self.block_size, 0
+        with view:
+            while done < len(view):
+                with view[done:] as rest:
+                    try:
+                        done += os.pwrite(self.fd, rest, offset + done)
+                    except OSError as error:
+                        raise self._failed(lba + done // self.block_size, error) from error
+
+    def _fill(self, lba: int, blocks: int, block: bytes, drop: bool) -> None:
+        if drop and self._drop(lba * self.block_size, blocks * self.block_size):
+            return
+        at_once = max(1, PIECE // self.block_size)
+        for first in range(0, blocks, at_once):
+            self._write(lba + first, block * min(at_once, blocks - first), False)
+
+    def _drop(self, offset: int, length: int) -> bool:
+        """Punch a hole; False where that cannot be done.
+
+        A block device is zeroed (by its own means where it has some) and not discarded: BLKDISCARD
+        promises nothing about what is read afterwards.
+        """
+        try:
+            if self.is_device:
+                fcntl.ioctl(self.fd, _BLKZEROOUT, struct.pack("QQ", offset, length))
+            else:
+                fcntl.ioctl(self.fd, _FS_IOC_UNRESVSP64, _SPACE_RESV.pack(0, os.SEEK_SET, offset, length, 0, 0))
+        except OSError:
+            return False
+        return True
+
+    def _extents(self, lba: int, blocks: int) -> list[tuple[int, int, bool]]:
+        found: list[tuple[int, int, bool]] = []
+        end = lba + blocks
+        while lba < end:
+            data = self._seek(lba * self.block_size, os.SEEK_DATA)
+            first = end if data is None else min(end, data // self.block_size)
+            if first > lba:
+                found.append((lba, first - lba, False))
+            if first < end:
+                hole = self._seek(max(data or 0, first * self.block_size), os.SEEK_HOLE)
+                last = end if hole is None else min(end, -(-hole // self.block_size))
+                found.append((first, last - first, True))
+                first = last
+            lba = first
+        return found
+
+    def _seek(self, offset: int, whence: int) -> int | None:
+        """None: nothing of that kind from here on."""
+        try:
+            return os.lseek(self.fd, offset, whence)
+        except OSError as error:
+            if error.errno == errno.ENXIO:
+                return None
+            raise self._failed(offset // self.block_size, error) from error
+
+
+def _aligned(length: int) -> mmap.mmap:
+    """Memory as O_DIRECT wants it: whole pages."""
+    return mmap.mmap(-1, max(length, 1))
+
+
+# ---------------------------------------------------------------- opening
+
+
+def memory(size: int, *, block_size: int, name: str, fd: int | None = None) -> Medium:
+    """A memfd of `size` bytes that nobody can shrink under a mapping; `fd` takes over one that was kept for us."""
+    if fd is None:
+        fd = os.memfd_create("vhostfc-unit", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        os.ftruncate(fd, size)
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
+    elif os.fstat(fd).st_size < size:
+        os.ftruncate(fd, size)
+    return Medium(MediumKind.MEMORY, fd, name=name, block_size=block_size, size=size)
+
+
+def null(size: int, *, block_size: int, name: str) -> Medium:
+    """Takes everything, gives zeros."""
+    return Medium(MediumKind.NULL, -1, name=name, block_size=block_size, size=size)
+
+
+def file(path: Path, size: int | None, *, block_size: int, direct: bool, read_only: bool) -> Medium:
+    """A regular file; one that is not there is made when size is given, a shorter one is grown to it.
+
+    Raises VhostfcError, which names the path.
+    """
+    create = os.O_CREAT if size is not None and not read_only else 0
+    with _Opening(path, create, direct=direct, read_only=read_only) as opening:
+        fd = opening.fd
+        state = os.fstat(fd)
+        if not stat.S_ISREG(state.st_mode):
+            raise VhostfcError(f"{path}: is not a regular file (use block = for a device)")
+        if size is None:
+            size = state.st_size
+        elif state.st_size < size and read_only:
+            raise VhostfcError(f"{path}: has {state.st_size} bytes, fewer than size = {size}, and is read-only")
+        elif state.st_size < size:
+            os.ftruncate(fd, size)
+        if size < block_size:
+            raise VhostfcError(f"{path}: has no whole block of {block_size} bytes; set size")
+        if direct:
+            _try_direct(fd, path, block_size)
+        kind = MediumKind.DIRECT if direct else MediumKind.FILE
+        return opening.keep(Medium(kind, fd, name=str(path), block_size=block_size, size=size, read_only=read_only))
+
+
+def block(path: Path, *, block_size: int, direct: bool, read_only: bool) -> Medium:
+    """A block device.  Raises VhostfcError, which names the path."""
+    with _Opening(path, 0, direct=direct, read_only=read_only) as opening:
+        fd = opening.fd
+        if not stat.S_ISBLK(os.fstat(fd).st_mode):
+            raise VhostfcError(f"{path}: is not a block device (use file = for a file)")
+        sector = _ioctl_number(fd, _BLKSSZGET, 4)
+        if sector > block_size:
+            raise VhostfcError(f"{path}: its blocks have {sector} bytes; set block_size = {sector}")
+        if _ioctl_number(fd, _BLKROGET, 4) and not read_only:
+            raise VhostfcError(f"{path}: the device is read-only; set read_only = true")
+        size = _ioctl_number(fd, _BLKGETSIZE64, 8)
+        kind = MediumKind.DIRECT if direct else MediumKind.FILE
+        return opening.keep(Medium(kind, fd, name=str(path), block_size=block_size, size=size, read_only=read_only))
+
+
+class _Opening:
+    """Opens a path; the descriptor is closed again unless a medium was made of it.
+
+    A unit that is read-only is opened for writing all the same where that is possible: it may become
+    writable while we run.  Adapters never see this descriptor.
+    """
+
+    def __init__(self, path: Path, flags: int, *, direct: bool, read_only: bool) -> None:
+        self._path = path
+        self._kept = False
+        flags |= os.O_CLOEXEC | (os.O_DIRECT if direct else 0)
+        try:
+            try:
+                self.fd = os.open(path, flags | os.O_RDWR, 0o600)
+            except OSError as error:
+                if not read_only or error.errno not in {errno.EACCES, errno.EPERM, errno.EROFS}:
+                    raise
+                self.fd = os.open(path, flags | os.O_RDONLY)
+        except OSError as error:
+            if direct and error.errno == errno.EINVAL:
+                raise VhostfcError(f'{path}: its file system has no O_DIRECT; set cache = "writeback"') from None
+            raise VhostfcError(f"{path}: {error.strerror}") from None
+
+    def __enter__(self) -> _Opening:
+        return self
+
+    def keep(self, medium: Medium) -> Medium:
+        self._kept = True
+        return medium
+
+    def __exit__(self, _type: object, error: BaseException | None, _traceback: object) -> None:
+        if not self._kept:
+            os.close(self.fd)
+        if isinstance(error, OSError):
+            raise VhostfcError(f"{self._path}: {error.strerror}") from None
+
+
+def _ioctl_number(fd: int, request: int, size: int) -> int:
+    return int.from_bytes(fcntl.ioctl(fd, request, bytes(size)), "little")
+
+
+def _try_direct(fd: int, path: Path, block_size: int) -> None:
+    """O_DIRECT takes whole device blocks only; better to know now than at the guest's first write."""
+    try:
+        with _aligned(block_size) as buffer:
+            os.preadv(fd, [buffer], 0)
+            if block_size < mmap.PAGESIZE:
+                os.preadv(fd, [memoryview(buffer)[:block_size]], block_size)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        raise VhostfcError(
+            f"{path}: O_DIRECT wants larger blocks than {block_size} bytes; "
+            'set block_size = 4096 or cache = "writeback"'
+        ) from None
