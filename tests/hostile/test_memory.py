@@ -138,14 +138,14 @@ async def test_file_truncated_under_the_rings(adapter: DaemonAdapter) -> None:
     async with ScsiDriver.open(adapter.socket, queue_size=64, regions=(MIB,)) as driver:
         queue = driver.queues[2]
         assert (await driver.command(0, 0, READ, data_in=512)).good
-        os.ftruncate(driver.memory.regions[0].fd, 0)
-        queue.kick()
-        with trio.fail_after(5):
-            while adapter.counters()["broken_rings"] == 0:
-                await trio.testing.wait_all_tasks_blocked(0.001)
-        # nothing of this driver may touch its memory any more: leave like a guest that is killed
-        driver.running = False
-        os.ftruncate(driver.memory.regions[0].fd, MIB)
+        async with queue.lend():  # nothing of this driver may touch its rings while they are not there
+            os.ftruncate(driver.memory.regions[0].fd, 0)
+            queue.kick()
+            with trio.fail_after(5):
+                await queue.broken.wait()
+            assert adapter.counters()["broken_rings"] == 1
+            driver.running = False  # leave like a guest that is killed
+            os.ftruncate(driver.memory.regions[0].fd, MIB)
     assert 2 in adapter.broken
 
 

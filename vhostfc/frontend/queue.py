@@ -195,7 +195,8 @@ class DriverQueue:
         while True:
             await trio.lowlevel.wait_readable(self.err_fd)
             os.eventfd_read(self.err_fd)
-            self.collect()
+            if not self._lent:  # who drives it collects, and knows whether its memory is still there
+                self.collect()
             self.broken.set()
             self.fail(BackendError(f"the back end says that ring {self.index} is broken"))
 
