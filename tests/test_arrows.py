@@ -18,7 +18,7 @@ ISLANDS = ("vhost", "virtio", "scsi", "fc")
 ALLOWED = {
     "errors": set(),
     "tomlfile": {"errors"},
-    "config": {"errors", "tomlfile", "fc.wwn"},
+    "config": {"errors", "tomlfile", "fc.wwn", "fc.fcoe"},
     "lean": set(),
     "log": set(),
     "outline": set(),

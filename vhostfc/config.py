@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from vhostfc.errors import ConfigError
+from vhostfc.fc.fcoe import FC_MAP, is_unicast, parse_mac
 from vhostfc.fc.wwn import OUI_QEMU, Wwn, WwnError
 from vhostfc.tomlfile import Document, Table, spelled
 
@@ -113,6 +114,27 @@ class ZoneConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class FcoeConfig:
+    """An attachment of the fabric to an Ethernet segment: a unix datagram socket, or a network interface.
+
+    mac: the FCF's own; None for the interface's.  period: FKA_ADV_Period in seconds.
+    """
+
+    line: int
+    socket: Path | None = None
+    interface: str | None = None
+    mac: bytes | None = None
+    fc_map: int = FC_MAP
+    priority: int = 128
+    period: float = 8.0
+
+    @property
+    def where(self) -> str:
+        """What people call it."""
+        return str(self.socket or self.interface)
+
+
+@dataclass(frozen=True, slots=True)
 class FabricConfig:
     """The software fabric.  wwn: Fabric_Name.  No zone at all: everybody sees everybody."""
 
@@ -124,6 +146,7 @@ class FabricConfig:
     state: Path
     targets: tuple[TargetConfig, ...] = ()
     zones: tuple[ZoneConfig, ...] = ()
+    fcoe: tuple[FcoeConfig, ...] = ()
     fence_timeout: float = 2.0
 
 
@@ -143,7 +166,7 @@ def load(path: Path, *, environ: Mapping[str, str] = os.environ) -> AdapterConfi
     fabric = document.values.get("fabric")
     keys = set(document.values) | set(fabric if isinstance(fabric, dict) else ())
     adapter = len(keys & {"port", "vhost", "emulated", "login", "fast_path", "hold_timeout", "command_timeout"})
-    array = len(keys & {"target", "zone", "socket", "wwn", "fence_timeout"})
+    array = len(keys & {"target", "zone", "fcoe", "socket", "wwn", "fence_timeout"})
     if not adapter and not array:
         raise ConfigError(f"{path}:1: neither an adapter's file (with [[port]]) nor a fabric's (with [[target]])")
     return _adapter(document, environ) if adapter >= array else _fabric(document, environ)
@@ -222,11 +245,13 @@ def _fabric(document: Document, environ: Mapping[str, str]) -> FabricConfig:
         fence_timeout=fabric.get("fence_timeout", seconds(0.1, 60), 2.0),
         targets=_shared(document, tuple(_target(table) for table in root.tables("target"))),
         zones=tuple(_zone(table) for table in root.tables("zone")),
+        fcoe=tuple(_fcoe(table, name) for table in root.tables("fcoe")),
         state=state,
     )
     fabric.finish()
     root.finish()
     _check_names(document, config)
+    _check_attachments(document, config)
     _check_media(document, config)
     _check_groups(document, config)
     document.raise_problems()
@@ -312,6 +337,27 @@ def _zone(table: Table) -> ZoneConfig:
     return config
 
 
+def _fcoe(table: Table, fabric: str) -> FcoeConfig:
+    socket = table.get("socket", _socket_in(table.document.path), None)
+    interface = table.get("interface", _interface, None)
+    if (socket is None) == (interface is None) and table.has("socket") == table.has("interface"):
+        what = 'socket = "..." (for QEMU\'s -netdev dgram) or interface = "eth1"'
+        table.document.problem(table.where, f"is at one place; write one of {what}")
+    derived = hashlib.sha256(f"{fabric} {socket}".encode(errors="surrogateescape")).digest()
+    config = FcoeConfig(
+        line=table.line,
+        socket=socket,
+        interface=interface,
+        # of a socket: locally administered, and the same each time
+        mac=table.get("mac", mac, None if interface else bytes([0x02, *derived[:5]])),
+        fc_map=table.get("fc_map", fc_map, FC_MAP),
+        priority=table.get("priority", integer(0, 255), 128),
+        period=table.get("fka_adv_period", seconds(0.5, 90), 8.0),
+    )
+    table.finish()
+    return config
+
+
 # ---------------------------------------------------------------- what only the whole file shows
 
 
@@ -354,6 +400,18 @@ def _check_names(document: Document, config: FabricConfig) -> None:
                 document.problem((kind, index, "name"), f"{item.name!r} is already the name of {also}")
             elif item.name:
                 names[kind, item.name] = item.line
+
+
+def _check_attachments(document: Document, config: FabricConfig) -> None:
+    seen: dict[str, int] = {}
+    for index, one in enumerate(config.fcoe):
+        key = "socket" if one.socket else "interface"
+        if one.where in seen:
+            document.problem(("fcoe", index, key), f"{one.where} is already in line {seen[one.where]}")
+        elif one.socket in (config.socket, config.control):
+            document.problem(("fcoe", index, key), f"{one.where} is the path of another socket of this fabric")
+        else:
+            seen[one.where] = one.line
 
 
 def _check_media(document: Document, config: FabricConfig) -> None:
@@ -419,6 +477,33 @@ def wwn(value: object) -> Wwn:
         return Wwn.parse(value)
     except WwnError as error:
         raise ValueError(str(error)) from None
+
+
+def mac(value: object) -> bytes:
+    """A MAC address that a station can have."""
+    try:
+        address = parse_mac(value) if isinstance(value, str) else None
+    except ValueError as error:
+        raise ValueError(str(error)) from None
+    if address is None or not is_unicast(address):
+        raise ValueError(f'is {spelled(value)}; expected the MAC address of one station, like "02:00:00:12:34:56"')
+    return address
+
+
+def fc_map(value: object) -> int:
+    """The first three bytes of fabric provided MAC addresses (FC-BB-5 7.6)."""
+    match = re.fullmatch(r"([0-9A-Fa-f]{2})[:-]?([0-9A-Fa-f]{2})[:-]?([0-9A-Fa-f]{2})", str(value))
+    number = int("".join(match.groups()), 16) if match and isinstance(value, str) else 0
+    if not 0x0EFC00 <= number <= 0x0EFCFF:
+        raise ValueError(f'is {spelled(value)}; expected "0e:fc:00" up to "0e:fc:ff"')
+    return number
+
+
+def _interface(value: object) -> str:
+    """A network interface's name (dev_valid_name() of the kernel)."""
+    if not isinstance(value, str) or not re.fullmatch(r"[^\s/:]{1,15}", value) or value in {".", ".."}:
+        raise ValueError(f"is {spelled(value)}; expected the name of a network interface")
+    return value
 
 
 def text(value: object) -> str:

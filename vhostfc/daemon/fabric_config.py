@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from vhostfc.config import FabricConfig, TargetConfig, UnitConfig
+from collections.abc import Mapping
+from dataclasses import replace
+
+from vhostfc.config import FabricConfig, FcoeConfig, TargetConfig, UnitConfig
 from vhostfc.daemon.fabric_units import Key, Served, key
 from vhostfc.errors import ConfigError
 from vhostfc.fabric.link import MediumKind
@@ -49,6 +52,17 @@ def check_fixed(old: FabricConfig, new: FabricConfig) -> None:
     if fixed:
         what = " and ".join(fixed)
         raise ConfigError(f"{new.path}:1: {what}: cannot change while the fabric runs; restart it")
+
+
+def check_attachments(config: FabricConfig, open_ones: Mapping[str, FcoeConfig]) -> None:
+    """Raises ConfigError for an FCoE attachment that is in use and described differently now."""
+    for new in config.fcoe:
+        old = open_ones.get(new.where)
+        if old is not None and replace(old, line=new.line) != new:
+            raise ConfigError(
+                f"{config.path}:{new.line}: fcoe: {new.where} cannot change while it is in use;"
+                " remove it, reload, and add it again"
+            )
 
 
 def check_places(old: FabricConfig, new: FabricConfig) -> None:

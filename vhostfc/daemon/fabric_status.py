@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from vhostfc.config import FabricConfig, UnitConfig
 from vhostfc.daemon.fabric_units import Key, Served, key
+from vhostfc.daemon.fcoe import Attachment
 from vhostfc.daemon.fencing import Opening
 from vhostfc.fabric.array import initiator
 from vhostfc.fabric.switch import NPort, Switch
@@ -22,9 +23,10 @@ def describe(
     switch: Switch,
     targets: Mapping[Wwn, TargetPort],
     served: Mapping[Key, Served],
-    pids: Mapping[int, int],
+    pids: Mapping[int, int | None],
+    attachments: Iterable[Attachment] = (),
 ) -> Json:
-    """The fabric, logins, targets with their units and who has them open, zones.  pids: by F_Port."""
+    """The fabric, logins, targets with their units and who has them open, FCoE attachments, zones.  pids: by F_Port."""
     return {
         "fabric": {
             "name": config.name,
@@ -45,6 +47,15 @@ def describe(
                 ],
             }
             for target in config.targets
+        ],
+        "fcoe": [
+            {
+                "at": one.config.where,
+                "mac": one.forwarder.mac.hex(":"),
+                "enodes": one.forwarder.enodes(),
+                "discarded": dict(one.forwarder.discarded),
+            }
+            for one in attachments
         ],
         "zones": [
             {"name": zone.name, "members": sorted(str(member) for member in zone.members)} for zone in config.zones

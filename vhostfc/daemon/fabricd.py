@@ -23,13 +23,14 @@ import trio
 
 from vhostfc.config import FabricConfig, TargetConfig, UnitConfig, load_fabric
 from vhostfc.daemon.control import serve_control
-from vhostfc.daemon.fabric_config import check_change, check_fixed, check_places, units_of, zoning_of
+from vhostfc.daemon.fabric_config import check_attachments, check_change, check_fixed, check_places, units_of, zoning_of
 from vhostfc.daemon.fabric_kept import KeptReservations
 from vhostfc.daemon.fabric_link import Link, greet
 from vhostfc.daemon.fabric_locks import Process
 from vhostfc.daemon.fabric_runner import Runner
 from vhostfc.daemon.fabric_status import Json, describe
 from vhostfc.daemon.fabric_units import Key, Maker, Served, Store, key
+from vhostfc.daemon.fcoe import Attachment, VirtualLink
 from vhostfc.daemon.fdsocket import LinkSocket, listen
 from vhostfc.daemon.fencing import OURS, Opening, Verdict
 from vhostfc.daemon.notify import Notifier, PassedFd, passed_fds
@@ -49,6 +50,14 @@ from vhostfc.scsi.inquiry import TargetPort as IdentityPort
 from vhostfc.scsi.report import lun_number
 from vhostfc.scsi.sense import Asc
 from vhostfc.scsi.unit import LogicalUnit
+
+
+@dataclasses.dataclass(slots=True)
+class _New:
+    """What a configuration asks for that was not there: opened, and not yet in use."""
+
+    units: dict[Key, Served] = dataclasses.field(default_factory=dict)
+    attachments: list[Attachment] = dataclasses.field(default_factory=list)
 
 
 class Fabric:
@@ -73,7 +82,8 @@ class Fabric:
         self._relative: dict[Wwn, int] = {}
         self._names: dict[int, Wwn] = {}
         self._served: dict[Key, Served] = {}
-        self._links: dict[int, Link] = {}
+        self._links: dict[int, Link | VirtualLink] = {}
+        self._fcoe: dict[str, tuple[Attachment, trio.CancelScope]] = {}
         self._reloading = trio.Lock()
 
     async def serve(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -174,21 +184,26 @@ class Fabric:
         """What an adapter sends, but for acknowledgements.  Raises LinkError for what it may not send."""
         match message:
             case link.Frame(data):
-                going = self._going(adapter, data)
-                if going:
-                    self._nursery.start_soon(self._late_login, adapter, data, going)
-                else:
-                    self._frame(adapter.f_port, data)
+                self.frame(adapter.f_port, data)
             case link.Open():
                 self._open(adapter, message)
             case _:
                 raise LinkError(f"{message.kind.name} from an adapter")
 
+    def frame(self, f_port: int, data: bytes) -> None:
+        """A frame from an F_Port, whatever is behind that."""
+        port = self._links[f_port]
+        going = self._going(port, data)
+        if going:
+            self._nursery.start_soon(self._late_login, port, data, going)
+        else:
+            self._frame(f_port, data)
+
     def _frame(self, f_port: int, data: bytes) -> None:
         self._post(self.switch.receive(f_port, data))
         self._runner.kick()
 
-    def _going(self, adapter: Link, data: bytes) -> list[Opening]:
+    def _going(self, port: Link | VirtualLink, data: bytes) -> list[Opening]:
         """For a FLOGI or FDISC: what an earlier life of this Port_Name still has open.
 
         Its commands may still reach the medium; they must not land behind those of the new life.
@@ -205,14 +220,14 @@ class Fabric:
             opening
             for served in self._served.values()
             for opening in served.fence.openings.values()
-            if opening.wwpn == login.wwpn and opening.end is not None and opening.adapter is not adapter
+            if opening.wwpn == login.wwpn and opening.end is not None and opening.adapter is not port
         ]
 
-    async def _late_login(self, adapter: Link, data: bytes, going: list[Opening]) -> None:
+    async def _late_login(self, port: Link | VirtualLink, data: bytes, going: list[Opening]) -> None:
         for opening in going:
             await opening.gone.wait()
-        if adapter.f_port in self._links:
-            self._frame(adapter.f_port, data)
+        if self._links.get(port.f_port) is port:
+            self._frame(port.f_port, data)
 
     def _post(self, outputs: list[Output]) -> None:
         for port, what in outputs:
@@ -222,6 +237,35 @@ class Fabric:
     async def _transmit(self, port: int, what: bytes | Note) -> None:
         if port in self._links:
             await self._links[port].send_frame(what)
+
+    # ------------------------------------------------------------ FCoE attachments, whose Door this is
+
+    def plug(self, holder: str, link: VirtualLink) -> int:
+        f_port = self.switch.attach(holder)
+        self._links[f_port] = link
+        return f_port
+
+    def unplug(self, f_port: int) -> None:
+        del self._links[f_port]
+        self._post(self.switch.detach(f_port))
+        self._runner.kick()
+
+    def log_out(self, port_id: int) -> None:
+        self._post(self.switch.log_out(port_id))
+        self._runner.kick()
+
+    def _set_fcoe(self, config: FabricConfig, new: list[Attachment]) -> None:
+        wanted = {one.where for one in config.fcoe}
+        for where in self._fcoe.keys() - wanted:
+            self._fcoe.pop(where)[1].cancel()
+        for attachment in new:
+            scope = trio.CancelScope()
+            self._fcoe[attachment.config.where] = (attachment, scope)
+            self._nursery.start_soon(self._run_fcoe, attachment, scope)
+
+    async def _run_fcoe(self, attachment: Attachment, scope: trio.CancelScope) -> None:
+        with scope:
+            await attachment.run()
 
     # ------------------------------------------------------------ paths
 
@@ -278,37 +322,44 @@ class Fabric:
             await self._apply(config, self._prepare(config))
         self._log.info("reloaded", path=str(config.path), targets=len(config.targets), zones=len(config.zones))
 
-    def _prepare(self, config: FabricConfig) -> dict[Key, Served]:
+    def _prepare(self, config: FabricConfig) -> _New:
         """Open what is new.  Raises ConfigError or VhostfcError, and then leaves nothing behind."""
-        new: dict[Key, Served] = {}
+        new = _New()
         for target in config.targets:
             self._number(target.wwpn)
             login = self.switch.find(target.wwpn)
             if login is not None:
                 raise ConfigError(f"{config.path}:{target.line}: wwpn: {target.wwpn} is logged in, by {login.holder!r}")
+        check_attachments(config, {where: attachment.config for where, (attachment, _) in self._fcoe.items()})
         try:
             for unit_key, (target, unit) in units_of(config).items():
                 served = self._served.get(unit_key)
                 if served is not None:
                     check_change(config, unit, served)
                 else:
-                    others = [*self._served.values(), *new.values()]
-                    new[unit_key] = self._maker.make(target, unit, others)
+                    others = [*self._served.values(), *new.units.values()]
+                    new.units[unit_key] = self._maker.make(target, unit, others)
+            for one in config.fcoe:
+                if one.where not in self._fcoe:
+                    new.attachments.append(Attachment(one, config.wwn, self, log=self._log))
         except VhostfcError:
-            for served in new.values():
+            for served in new.units.values():
                 served.medium.close()
+            for attachment in new.attachments:
+                attachment.close()
             raise
         return new
 
-    async def _apply(self, config: FabricConfig, new: dict[Key, Served]) -> None:
+    async def _apply(self, config: FabricConfig, new: _New) -> None:
         """Nothing here may fail, and nothing waits before all of it is done."""
         self.config = config
         self._maker.timeout = config.fence_timeout
-        self._served.update(new)
-        for served in new.values():
+        self._served.update(new.units)
+        for served in new.units.values():
             self._maker.keep(served)
             if not served.claim():
                 self._nursery.start_soon(self._claim_later, served)
+        self._set_fcoe(config, new.attachments)
         wanted = units_of(config)
         outputs: list[Output] = []
         zoning = zoning_of(config)
@@ -441,7 +492,8 @@ class Fabric:
     def status(self) -> Json:
         """What there is, as JSON: the fabric, logins, targets with units and who has them open, zones."""
         pids = {f_port: one.pid for f_port, one in self._links.items()}
-        return describe(self.config, self.switch, self._targets, self._served, pids)
+        attachments = [attachment for attachment, _ in self._fcoe.values()]
+        return describe(self.config, self.switch, self._targets, self._served, pids, attachments)
 
 
 async def _farewell(process: Process, openings: list[Opening]) -> None:

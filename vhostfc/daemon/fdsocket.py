@@ -277,8 +277,8 @@ def listen(
     mode: int | None = None,
     owner: tuple[int, int] | None = None,
 ) -> Listener:
-    """Listen at a path.  kind: SOCK_STREAM or SOCK_SEQPACKET; mode: permission bits instead of the umask's;
-    owner: (uid, gid) instead of ours, -1 to keep one.
+    """Listen at a path.  kind: SOCK_STREAM, SOCK_SEQPACKET, or SOCK_DGRAM, which is only bound;
+    mode: permission bits instead of the umask's; owner: (uid, gid) instead of ours, -1 to keep one.
 
     A socket that a dead process left is replaced.  Raises VhostfcError naming the path: another process
     listens there (and which), something else than a socket is there, or the system refuses.
@@ -296,7 +296,8 @@ def listen(
                 path.chmod(mode)
             if owner is not None:
                 os.chown(path, *owner)
-            sock.listen(BACKLOG)
+            if kind != socket.SOCK_DGRAM:
+                sock.listen(BACKLOG)
             file = path.lstat()
         except BaseException as error:
             sock.close()

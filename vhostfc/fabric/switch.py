@@ -137,6 +137,10 @@ class Switch:
         del self._f_ports[f_port]
         return outputs
 
+    def log_out(self, port_id: int) -> list[Output]:
+        """An implicit logout of this N_Port, if it is logged in; nobody tells it."""
+        return self._log_out(port_id) if port_id in self._n_ports else []
+
     def add_target(self, target: InternalPort) -> list[Output]:
         """Raises ValueError when its Port_Name is in use."""
         if target.wwpn in self._by_name:
