@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 import trio
+import trio.testing
 from trio.testing import MockClock
 
 from vhostfc.daemon.fdsocket import listen
 from vhostfc.daemon.guest import SILENCE, GuestSide
+from vhostfc.daemon.guestevents import GuestEvent, Kind
 from vhostfc.frontend.driver import ScsiDriver
 from vhostfc.vhost.effects import StartRing
 from vhostfc.vhost.session import NOT_SHARED
@@ -52,10 +54,30 @@ class Warnings:
     error = warning
 
 
+class LateWorkers(IdleWorkers):
+    """The first event finds no buffer, and that there are some again is told before that answer is read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.side: GuestSide | None = None
+        self.events: list[bytes] = []
+
+    async def put_event(self, event: bytes) -> bool:
+        if self.side is None:
+            self.events.append(event)
+            return True
+        self.side.buffers_came()
+        self.side = None
+        await trio.lowlevel.checkpoint()
+        return False
+
+
 @asynccontextmanager
-async def driver_of(directory: Path, workers: IdleWorkers, log: Any) -> AsyncIterator[ScsiDriver]:
+async def driver_of(
+    directory: Path, workers: IdleWorkers, log: Any, side: GuestSide | None = None
+) -> AsyncIterator[ScsiDriver]:
     """A driver that is connected to a GuestSide on these workers, and has not started."""
-    side = GuestSide(workers, drain_timeout=1, log=log)  # type: ignore[arg-type]
+    side = side or GuestSide(workers, drain_timeout=1, log=log)  # type: ignore[arg-type]
     with listen(directory / "vhost.sock") as listener:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(side.serve, listener)
@@ -92,3 +114,16 @@ async def test_firmware_that_hands_over_soon_is_not_silent(tmp_path: Path, autoj
             await driver.client.stop([2])
         await trio.sleep(SILENCE * 5)
         assert log.lines == []
+
+
+async def test_buffers_that_come_while_an_event_finds_none_are_used(tmp_path: Path) -> None:
+    workers = LateWorkers()
+    side = workers.side = GuestSide(workers, drain_timeout=1, log=Warnings())  # type: ignore[arg-type]
+    async with driver_of(tmp_path, workers, Warnings(), side) as driver:
+        await driver.client.start([queue.setup(0) for queue in driver.queues])
+        await side.active.wait()
+        side.announce(GuestEvent(Kind.ARRIVED, 0, 1))
+        with trio.fail_after(5):
+            while not workers.events:
+                await trio.testing.wait_all_tasks_blocked(0.001)
+    assert len(workers.events) == 1

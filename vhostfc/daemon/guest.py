@@ -252,9 +252,10 @@ class GuestSide:
                 if not self._wants(event):
                     self._events.delivered(event, missed=missed)
                     continue
+                self._buffers = False  # beforehand: that some have come may be told before this answer is read
                 if not await self._workers.put_event(encode(event, missed=missed)):
-                    self._buffers = False
-                    break
+                    continue
+                self._buffers = True
                 self._events.delivered(event, missed=missed)
                 self._log.info("told the guest", **describe(event), missed=missed)
 
