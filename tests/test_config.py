@@ -490,7 +490,7 @@ def known_keys(monkeypatch: pytest.MonkeyPatch, directory: Path) -> dict[str, se
     monkeypatch.setattr(Table, "finish", spy)
     load_adapter(write(directory, ADAPTER, "adapter.toml"))
     zone = "[[target.unit]]\nlun = 0\nsize = 512\n[[zone]]\nname = 'z'\nmembers = []\n"
-    load_fabric(write(directory, FABRIC + zone, "fabric.toml"))
+    load_fabric(write(directory, FABRIC + zone + "[[fcoe]]\nsocket = 'f'\n", "fabric.toml"))
     return asked
 
 
@@ -500,7 +500,7 @@ def test_every_key_is_documented_in_its_table(monkeypatch: pytest.MonkeyPatch, t
     asked = known_keys(monkeypatch, tmp_path)
     assert set(asked) == {
         *("adapter", "adapter.port", "adapter.fabric", "adapter.vhost"),
-        *("fabric", "fabric.fabric", "fabric.target", "fabric.target.unit", "fabric.zone"),
+        *("fabric", "fabric.fabric", "fabric.target", "fabric.target.unit", "fabric.zone", "fabric.fcoe"),
     }
     for table, keys in asked.items():
         kind, _, name = table.partition(".")
@@ -516,9 +516,10 @@ def test_every_key_is_documented_in_its_table(monkeypatch: pytest.MonkeyPatch, t
 
 def test_the_documented_examples_are_right(tmp_path: Path) -> None:
     text = (Path(__file__).parent.parent / "docs/configuration.md").read_text()
-    adapter, state, fabric, paths, units = re.findall(r"^```toml\n(.*?)^```", text, re.M | re.S)
+    adapter, state, fabric, paths, units, fcoe = re.findall(r"^```toml\n(.*?)^```", text, re.M | re.S)
     assert load_adapter(write(tmp_path, state + adapter)).state == Path("/var/lib/vhostfc/vm1")
     head, _, zone = fabric.partition("[[zone]]")
-    config = load_fabric(write(tmp_path, f"{head}{units}{paths}[[zone]]{zone}"))
+    config = load_fabric(write(tmp_path, f"{head}{units}{paths}[[zone]]{zone}{fcoe}"))
     assert [unit.lun for unit in config.targets[0].units] == [0, 1, 2, 3]
+    assert [one.where for one in config.fcoe] == ["/run/vhostfc/fcoe.sock"]
     assert [unit.home for unit in config.targets[1].units] == [(config.targets[0].wwpn, 0)]

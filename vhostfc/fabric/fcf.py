@@ -179,7 +179,7 @@ class Forwarder:
             case Operation.LINK_SERVICE_REQUEST:
                 return self._link_service(station, ethernet.source, request, now)
             case Operation.KEEP_ALIVE:
-                return self._keep_alive(station, ethernet.source, request, now)
+                return self._keep_alive(station, request, now)
         return self._discard(f"{request.operation.name.lower().replace('_', ' ')} for an FCF")
 
     def _ethernet(self, destination: bytes, payload: bytes, ethertype: int = fcoe.ETHERTYPE_FIP) -> bytes:
@@ -232,10 +232,9 @@ class Forwarder:
         self._by_f_port[enode.f_port] = enode
         return enode
 
-    def _keep_alive(self, station: Hashable, source: bytes, request: Fip, now: float) -> list[Action]:
-        ports = request.all(fip.VxPortId)
-        if not ports:
-            mac = request.one(fip.Mac).address
+    def _keep_alive(self, station: Hashable, request: Fip, now: float) -> list[Action]:
+        mac = request.one(fip.Mac).address
+        if not request.all(fip.VxPortId):
             enode = self._enodes.get((station, mac))
             if enode is None:
                 # It thinks that it is logged in, since before we began, perhaps: let it find out now.
@@ -245,7 +244,7 @@ class Forwarder:
         claim = request.one(fip.VxPortId)
         port = self._ports.get(claim.port_id)
         if port is None or port.enode.station != station or port.wwpn != claim.wwpn:
-            return [Send(station, self._clear(source, [claim]))]
+            return [Send(station, self._clear(mac, [claim]))]
         port.heard = port.enode.heard = now
         return []
 
