@@ -14,6 +14,7 @@ from tests.ports.contract import FabricContract, San, lun
 from tests.ports.fakefabric import FakeFabric
 from vhostfc.config import FabricConfig, load_fabric
 from vhostfc.daemon import fabricd
+from vhostfc.daemon.fabric_link import Link
 from vhostfc.fc.wwn import Wwn
 from vhostfc.ports.emulated import EmulatedFabric
 
@@ -94,7 +95,8 @@ class RealSan:
         await self.served.reload(self._config())
 
     async def break_links(self) -> None:
-        for adapter in list(self.served._links.values()):
+        for adapter in list(self.served.door.attachments.values()):
+            assert isinstance(adapter, Link)
             adapter._socket._socket.shutdown(2)
         await trio.lowlevel.checkpoint()
 

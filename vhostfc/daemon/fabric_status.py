@@ -22,7 +22,7 @@ def describe(
     switch: Switch,
     targets: Mapping[Wwn, TargetPort],
     served: Mapping[Key, Served],
-    pids: Mapping[int, int],
+    pids: Mapping[int, int | None],
 ) -> Json:
     """The fabric, logins, targets with their units and who has them open, zones.  pids: by F_Port."""
     return {

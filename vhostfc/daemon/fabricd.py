@@ -24,6 +24,7 @@ import trio
 from vhostfc.config import FabricConfig, TargetConfig, UnitConfig, load_fabric
 from vhostfc.daemon.control import serve_control
 from vhostfc.daemon.fabric_config import check_change, check_fixed, check_places, units_of, zoning_of
+from vhostfc.daemon.fabric_door import Door
 from vhostfc.daemon.fabric_kept import KeptReservations
 from vhostfc.daemon.fabric_link import Link, greet
 from vhostfc.daemon.fabric_locks import Process
@@ -36,7 +37,7 @@ from vhostfc.daemon.notify import Notifier, PassedFd, passed_fds
 from vhostfc.errors import ConfigError, LinkLost, VhostfcError
 from vhostfc.fabric import link
 from vhostfc.fabric.array import Array, Place
-from vhostfc.fabric.link import LinkError, Message, Note, Route
+from vhostfc.fabric.link import LinkError, Message, Route
 from vhostfc.fabric.rations import Rations
 from vhostfc.fabric.switch import Output, Switch
 from vhostfc.fabric.target import Exchange, Session, TargetPort, Urgent
@@ -64,6 +65,7 @@ class Fabric:
     ) -> None:
         self.config = config
         self.switch = Switch(config.wwn, zoning_of(config), clock=time.time)
+        self.door = Door(self.switch, kick=self._kick)
         self.array = Array()
         self._log = log
         self._store = Store(notifier or Notifier(), passed)
@@ -73,7 +75,7 @@ class Fabric:
         self._relative: dict[Wwn, int] = {}
         self._names: dict[int, Wwn] = {}
         self._served: dict[Key, Served] = {}
-        self._links: dict[int, Link] = {}
+        self._units: dict[LogicalUnit, Served] = {}
         self._reloading = trio.Lock()
 
     async def serve(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -118,7 +120,7 @@ class Fabric:
             urgent=self._urgent,
             served=self._served_of,
             everybody=lambda: list(self._served.values()),
-            transmit=self._transmit,
+            transmit=self.door.transmit,
             nursery=nursery,
             log=self._log,
         )
@@ -129,8 +131,11 @@ class Fabric:
         self._names[number] = target
         return number
 
+    def _kick(self) -> None:
+        self._runner.kick()
+
     def _served_of(self, unit: LogicalUnit) -> Served | None:
-        return next((served for served in self._served.values() if served.unit is unit), None)
+        return self._units.get(unit)
 
     # ------------------------------------------------------------ links
 
@@ -157,16 +162,13 @@ class Fabric:
                     process.close()
 
     async def _serve_link(self, adapter: Link) -> list[Opening]:
-        adapter.f_port = self.switch.attach(adapter.name)
-        self._links[adapter.f_port] = adapter
+        adapter.f_port = self.door.plug(adapter)
         self._log.info("a link is up", adapter=adapter.name, pid=adapter.pid)
         try:
             await adapter.serve(self._handle, self._log)
         finally:
-            del self._links[adapter.f_port]
             openings = adapter.lost()
-            self._post(self.switch.detach(adapter.f_port))
-            self._runner.kick()
+            self.door.unplug(adapter.f_port)
             self._log.info("a link is down", adapter=adapter.name, pid=adapter.pid)
         return openings
 
@@ -178,15 +180,11 @@ class Fabric:
                 if going:
                     self._nursery.start_soon(self._late_login, adapter, data, going)
                 else:
-                    self._frame(adapter.f_port, data)
+                    self.door.arrive(adapter.f_port, data)
             case link.Open():
                 self._open(adapter, message)
             case _:
                 raise LinkError(f"{message.kind.name} from an adapter")
-
-    def _frame(self, f_port: int, data: bytes) -> None:
-        self._post(self.switch.receive(f_port, data))
-        self._runner.kick()
 
     def _going(self, adapter: Link, data: bytes) -> list[Opening]:
         """For a FLOGI or FDISC: what an earlier life of this Port_Name still has open.
@@ -211,25 +209,16 @@ class Fabric:
     async def _late_login(self, adapter: Link, data: bytes, going: list[Opening]) -> None:
         for opening in going:
             await opening.gone.wait()
-        if adapter.f_port in self._links:
-            self._frame(adapter.f_port, data)
-
-    def _post(self, outputs: list[Output]) -> None:
-        for port, what in outputs:
-            if port in self._links:
-                self._links[port].post_frame(what)
-
-    async def _transmit(self, port: int, what: bytes | Note) -> None:
-        if port in self._links:
-            await self._links[port].send_frame(what)
+        if adapter.f_port in self.door.attachments:
+            self.door.arrive(adapter.f_port, data)
 
     # ------------------------------------------------------------ paths
 
     def _open(self, adapter: Link, wanted: link.Open) -> None:
         if wanted.seq & OURS:
             raise LinkError(f"OPEN with seq {wanted.seq:#x}, whose top bit is the fabric's")
-        login, target = self.switch.login(wanted.s_id), self._target(wanted.d_id)
-        if login is not None and login.f_port == adapter.f_port and target is not None:
+        login, target = self.switch.login(wanted.s_id), self.switch.target(wanted.d_id)
+        if login is not None and login.f_port == adapter.f_port and isinstance(target, TargetPort):
             session = target.sessions.get(wanted.s_id)
             served = self._reachable(target, session, wanted.lun)
             if session is not None and served is not None:
@@ -244,9 +233,6 @@ class Fabric:
                 adapter.openings[opening.handle] = (served.fence, opening)
                 return
         adapter.post(Route(wanted.seq, 0, 0, gone=True), [])
-
-    def _target(self, port_id: int) -> TargetPort | None:
-        return next((target for target in self._targets.values() if target.port_id == port_id), None)
 
     def _reachable(self, target: TargetPort, session: Session | None, lun: bytes) -> Served | None:
         """The unit at this LUN, if the session still is one, and zones and masks let it through."""
@@ -305,6 +291,7 @@ class Fabric:
         self.config = config
         self._maker.timeout = config.fence_timeout
         self._served.update(new)
+        self._units.update((served.unit, served) for served in new.values())
         for served in new.values():
             self._maker.keep(served)
             if not served.claim():
@@ -317,8 +304,8 @@ class Fabric:
         outputs += self._set_targets(config)
         resized = self._set_units(wanted)
         outputs += self._place(resized)
-        self._post(outputs)
-        self._runner.kick()
+        self.door.post(outputs)
+        self._kick()
         everybody = list(self._served.values())
         for served in everybody:
             served.fence.timeout = config.fence_timeout
@@ -331,7 +318,7 @@ class Fabric:
             await served.barrier()
         for served in gone:
             await served.fence.drained()
-            del self._served[served.key]
+            del self._served[served.key], self._units[served.unit]
             self._maker.remove(served)
 
     def _set_targets(self, config: FabricConfig) -> list[Output]:
@@ -368,8 +355,10 @@ class Fabric:
             if medium.read_only != config.read_only:
                 medium.read_only = config.read_only
                 before = served.unit
+                del self._units[before]
                 served.unit = self._maker.unit(medium, before.identity.naa[0], target.wwnn, config.physical_block_size)
                 served.unit.reservations, served.unit.access = before.reservations, before.access
+                self._units[served.unit] = served
             size = config.size or medium.current_size()
             if size // medium.block_size > medium.blocks:
                 medium.grow(size)
@@ -423,7 +412,7 @@ class Fabric:
         """A medium that somebody of an earlier life still has open: the unit appears when it is free."""
         with served.claiming:
             await served.wait_for_claim(self._log)
-            self._post(self._place())
+            self.door.post(self._place())
             for one in self._served.values():
                 one.changed()
             self._log.info("a unit is served now", unit=served.medium.name)
@@ -440,7 +429,7 @@ class Fabric:
 
     def status(self) -> Json:
         """What there is, as JSON: the fabric, logins, targets with units and who has them open, zones."""
-        pids = {f_port: one.pid for f_port, one in self._links.items()}
+        pids = {f_port: one.pid for f_port, one in self.door.attachments.items()}
         return describe(self.config, self.switch, self._targets, self._served, pids)
 
 
