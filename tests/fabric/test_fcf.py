@@ -65,7 +65,7 @@ class Segment:
                     self.san.deliver(self.san.switch.receive(f_port, frame))
                 case LogOut(port_id):
                     self.ended.append(action)
-                    self.san.deliver(self.san.switch.log_out(port_id))
+                    self.san.deliver(self.san.switch.forget(port_id))
                 case Detach(f_port):
                     self.ended.append(action)
                     self.san.deliver(self.san.switch.detach(f_port))

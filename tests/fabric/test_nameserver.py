@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from vhostfc.fabric.nameserver import Entry, NameServer
@@ -27,7 +29,7 @@ def names() -> NameServer:
 
 
 def ask(names: NameServer, request: ct.Request, asker: int = 0x010101, zoning: Zoning | None = None) -> CtIu:
-    return names.answer(asker, request.pack(), (zoning or Zoning()).visible).iu
+    return names.answer(asker, request.pack(), zoning or Zoning()).iu
 
 
 def test_gpn_ft_lists_the_ports_of_a_type_and_marks_the_last(names: NameServer) -> None:
@@ -42,7 +44,7 @@ def test_zones_hide_ports_from_every_query(names: NameServer) -> None:
     assert ask(names, ct.ByPortId(Ct.GPN_ID, 0x010202), zoning=zoning).body == ARRAY.pack()
     hidden = ct.reject(Reason.UNABLE_TO_PERFORM, Explanation.PORT_ID_NOT_REGISTERED)
     assert ask(names, ct.ByPortId(Ct.GPN_ID, 0x010303), zoning=zoning) == hidden
-    assert not ask(names, ct.GidPn(OTHER), zoning=zoning).accepted
+    assert not ask(names, ct.ByName(Ct.GID_PN, OTHER), zoning=zoning).accepted
 
 
 def test_no_port_of_that_type_is_a_reject_that_initiators_take_for_an_empty_list(names: NameServer) -> None:
@@ -51,7 +53,7 @@ def test_no_port_of_that_type_is_a_reject_that_initiators_take_for_an_empty_list
 
 
 def test_names_and_ids_lead_to_each_other(names: NameServer) -> None:
-    assert ask(names, ct.GidPn(ARRAY)).body == bytes.fromhex("00010202")
+    assert ask(names, ct.ByName(Ct.GID_PN, ARRAY)).body == bytes.fromhex("00010202")
     assert ask(names, ct.ByPortId(Ct.GNN_ID, 0x010202)).body == Wwn(ARRAY + 0x100).pack()
 
 
@@ -78,9 +80,9 @@ def test_a_port_registers_for_itself_only(names: NameServer) -> None:
 
 def test_a_change_of_what_a_port_is_is_reported_once(names: NameServer) -> None:
     register = ct.RffId(0x010101, ct.Fc4Feature.INITIATOR).pack()
-    first = names.answer(0x010101, register, Zoning().visible)
+    first = names.answer(0x010101, register, Zoning())
     assert first.changed is names.entries[0x010101]
-    assert names.answer(0x010101, register, Zoning().visible).changed is None
+    assert names.answer(0x010101, register, Zoning()).changed is None
 
 
 def test_da_id_forgets_what_was_registered(names: NameServer) -> None:
@@ -90,8 +92,76 @@ def test_da_id_forgets_what_was_registered(names: NameServer) -> None:
 
 
 def test_what_cannot_be_read_is_rejected_with_its_reason(names: NameServer) -> None:
-    visible = Zoning().visible
-    assert names.answer(0x010101, CtIu(0x0555).pack(), visible).iu.reason == Reason.NOT_SUPPORTED
-    assert names.answer(0x010101, CtIu(Ct.GPN_ID, b"\0").pack(), visible).iu.reason == Reason.INVALID_SIZE
+    assert names.answer(0x010101, CtIu(0x0555).pack(), Zoning()).iu.reason == Reason.NOT_SUPPORTED
+    assert names.answer(0x010101, CtIu(Ct.GPN_ID, b"\0").pack(), Zoning()).iu.reason == Reason.INVALID_SIZE
     with pytest.raises(FrameError):
-        names.answer(0x010101, b"\1\2", visible)
+        names.answer(0x010101, b"\1\2", Zoning())
+
+
+def test_each_word_about_a_port_can_be_asked_for(names: NameServer) -> None:
+    assert ask(names, ct.RspnId(0x010202, b"array-a"), 0x010202).accepted
+    assert ask(names, ct.RcsId(0x010202, 0x0C), 0x010202).accepted
+    assert ask(names, ct.RptId(0x010202), 0x010202).accepted
+    assert ask(names, ct.RpnId(0x010202, ARRAY), 0x010202).accepted
+
+    def said(command: Ct) -> bytes:
+        return ask(names, ct.ByPortId(command, 0x010202)).body
+
+    assert ct.unpack_symbolic_name(said(Ct.GSPN_ID)) == b"array-a"
+    assert said(Ct.GCS_ID) == bytes.fromhex("0000000c")
+    assert said(Ct.GPT_ID) == bytes.fromhex("01000000")
+    assert said(Ct.GFPN_ID) == F_PORT.pack()
+    assert ct.unpack_types(said(Ct.GFT_ID)) == {FcType.FCP}
+    assert ct.unpack_features(said(Ct.GFF_ID)) == {FcType.FCP: ct.Fc4Feature.TARGET}
+    assert said(Ct.GFF_ID)[7] & 0x0F == ct.Fc4Feature.TARGET, "where lpfc looks for it"
+
+
+def test_what_a_port_has_not_registered_is_said_to_be_missing(names: NameServer) -> None:
+    for command, explanation in (
+        (Ct.GSPN_ID, Explanation.SYMBOLIC_PORT_NAME_NOT_REGISTERED),
+        (Ct.GFT_ID, Explanation.FC4_TYPES_NOT_REGISTERED),
+        (Ct.GFF_ID, Explanation.FC4_FEATURES_NOT_REGISTERED),
+    ):
+        assert ask(names, ct.ByPortId(command, 0x010101)) == ct.reject(Reason.UNABLE_TO_PERFORM, explanation)
+    node = ct.ByName(Ct.GSNN_NN, Wwn(HOST + 0x100))
+    assert ask(names, node).explanation == Explanation.SYMBOLIC_NODE_NAME_NOT_REGISTERED
+
+
+def test_lists_by_node_type_and_feature(names: NameServer) -> None:
+    assert ct.unpack_port_names(ask(names, ct.ByFc4Type(Ct.GNN_FT)).body) == [
+        (0x010202, Wwn(ARRAY + 0x100)),
+        (0x010303, Wwn(OTHER + 0x100)),
+    ]
+    assert ct.unpack_port_ids(ask(names, ct.ByName(Ct.GID_NN, Wwn(ARRAY + 0x100))).body) == [0x010202]
+    assert len(ct.unpack_port_ids(ask(names, ct.GidPt()).body)) == 3
+    assert ct.unpack_port_ids(ask(names, ct.GidFf(ct.Fc4Feature.TARGET)).body) == [0x010202, 0x010303]
+    assert not ask(names, ct.GidFf(ct.Fc4Feature.INITIATOR)).accepted
+    assert ask(names, ct.GidPt(ct.PortType.NL_PORT)).explanation == Explanation.PORT_TYPE_NOT_REGISTERED
+
+
+def test_nobody_gives_itself_another_name(names: NameServer) -> None:
+    assert ask(names, ct.RpnId(0x010101, ARRAY)).explanation == Explanation.ACCESS_DENIED
+
+
+def test_an_asker_with_little_room_is_told_how_much_is_missing(names: NameServer) -> None:
+    query = dataclasses.replace(CtIu.unpack(ct.ByFc4Type(Ct.GPN_FT).pack()), size=4)
+    answer = names.answer(0x010101, query.pack(), Zoning()).iu
+    assert (len(answer.body), answer.size) == (16, 4)
+
+
+def test_a_node_name_is_known_as_long_as_one_of_its_ports_is_here(names: NameServer) -> None:
+    node = Wwn(HOST + 0x100)
+    names.add(Entry(0x010404, Wwn(HOST + 1), node, F_PORT))
+    assert ask(names, ct.RsnnNn(node, b"host")).accepted
+    names.remove(0x010101)
+    assert ct.unpack_symbolic_name(ask(names, ct.ByName(Ct.GSNN_NN, node), 0x010404).body) == b"host"
+    names.remove(0x010404)
+    names.add(Entry(0x010404, Wwn(HOST + 1), node, F_PORT))
+    assert not ask(names, ct.ByName(Ct.GSNN_NN, node), 0x010404).accepted
+
+
+def test_a_target_that_takes_its_word_back_is_told_of_as_a_target(names: NameServer) -> None:
+    answer = names.answer(0x010202, ct.ByPortId(Ct.DA_ID, 0x010202).pack(), Zoning())
+    assert answer.changed is not None
+    assert answer.changed.is_target
+    assert names.targets == {0x010303}

@@ -33,9 +33,24 @@ def test_an_empty_zone_is_zoning_all_the_same() -> None:
 
 
 def test_a_change_names_each_pair_on_both_sides_and_only_logged_in_ports() -> None:
-    pages = affected(Zoning([zone(A, B)]), Zoning([zone(A, C)]), {A: 1, B: 2, C: 3})
+    ports = {A: 1, B: 2, C: 3}
+    pages = affected(Zoning([zone(A, B)]), Zoning([zone(A, C)]), ports, ports)
     assert pages == {1: [2, 3], 2: [1], 3: [1]}
-    assert affected(Zoning([zone(A, B)]), Zoning([zone(A, B), zone(D, C)]), {A: 1, B: 2, C: 3}) == {}
+    assert affected(Zoning([zone(A, B)]), Zoning([zone(A, B), zone(D, C)]), ports, ports) == {}
+
+
+def test_initiators_are_no_concern_of_each_other() -> None:
+    ports = {A: 1, B: 2, C: 3}
+    assert affected(Zoning([zone(A, B)]), Zoning([zone(A, B, C)]), ports, [C]) == {1: [3], 2: [3], 3: [1, 2]}
+
+
+def test_whom_a_port_sees() -> None:
+    zoning = Zoning([zone(A, B), zone(B, C)])
+    assert zoning.peers(B) == {A, B, C}
+    assert zoning.peers(D) == {D}
+    assert Zoning().peers(A) is None
+    assert sorted(zoning.peers_in(A, {B: 2, C: 3})) == [B]
+    assert sorted(Zoning().peers_in(A, {B: 2, C: 3})) == [B, C]
 
 
 zonings = st.lists(st.frozensets(st.sampled_from([A, B, C, D])), max_size=4).map(
@@ -43,10 +58,14 @@ zonings = st.lists(st.frozensets(st.sampled_from([A, B, C, D])), max_size=4).map
 )
 
 
-@given(zonings, zonings)
-def test_what_a_change_names_is_exactly_what_looks_different(old: Zoning, new: Zoning) -> None:
+@given(zonings, zonings, st.frozensets(st.sampled_from([A, B, C, D])))
+def test_what_a_change_names_is_exactly_what_looks_different(old: Zoning, new: Zoning, targets: frozenset[Wwn]) -> None:
     ports = {A: 1, B: 2, C: 3, D: 4}
-    pages = affected(old, new, ports)
+    pages = affected(old, new, ports, targets)
     for one, one_id in ports.items():
-        differs = {other_id for other, other_id in ports.items() if old.visible(one, other) != new.visible(one, other)}
+        differs = {
+            other_id
+            for other, other_id in ports.items()
+            if old.visible(one, other) != new.visible(one, other) and {one, other} & targets
+        }
         assert set(pages.get(one_id, [])) == differs

@@ -69,10 +69,16 @@ els_requests = st.one_of(
 )
 names = st.binary(max_size=255)
 ct_requests = st.one_of(
-    st.builds(ct.ByPortId, st.sampled_from([ct.Ct.GA_NXT, ct.Ct.GPN_ID, ct.Ct.GNN_ID, ct.Ct.DA_ID]), ids),
-    st.builds(ct.GidPn, wwns),
-    st.builds(ct.ByFc4Type, st.sampled_from([ct.Ct.GID_FT, ct.Ct.GPN_FT]), octets, octets, octets),
+    st.builds(ct.ByPortId, st.sampled_from([c for c in ct.Ct if c.name.endswith("_ID") and c.name[0] in "GD"]), ids),
+    st.builds(ct.ByPortId, st.just(ct.Ct.GA_NXT), ids),
+    st.builds(ct.ByName, st.sampled_from([ct.Ct.GID_PN, ct.Ct.GID_NN, ct.Ct.GSNN_NN]), wwns),
+    st.builds(ct.ByFc4Type, st.sampled_from([ct.Ct.GID_FT, ct.Ct.GPN_FT, ct.Ct.GNN_FT]), octets, octets, octets),
+    st.builds(ct.GidPt, octets, octets, octets),
+    st.builds(ct.GidFf, octets, octets, octets, octets),
+    st.builds(ct.RpnId, ids, wwns),
     st.builds(ct.RnnId, ids, wwns),
+    st.builds(ct.RcsId, ids, words),
+    st.builds(ct.RptId, ids, octets),
     st.builds(ct.RftId, ids, st.frozensets(octets)),
     st.builds(ct.RffId, ids, octets, octets),
     st.builds(ct.RspnId, ids, names),

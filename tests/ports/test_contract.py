@@ -95,7 +95,7 @@ class RealSan:
         await self.served.reload(self._config())
 
     async def break_links(self) -> None:
-        for adapter in list(self.served._links.values()):
+        for adapter in list(self.served.door.attachments.values()):
             assert isinstance(adapter, Link)
             adapter._socket._socket.shutdown(2)
         await trio.lowlevel.checkpoint()

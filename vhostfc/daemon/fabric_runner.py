@@ -24,9 +24,9 @@ import trio
 from vhostfc.daemon.fabric_latch import Holding
 from vhostfc.daemon.fabric_units import Served, narrows
 from vhostfc.fabric.array import Array
-from vhostfc.fabric.link import InFlight, Note
+from vhostfc.fabric.link import InFlight
 from vhostfc.fabric.rations import Rations
-from vhostfc.fabric.switch import Switch
+from vhostfc.fabric.switch import Output, Switch
 from vhostfc.fabric.target import Abort, Exchange, Lost, Manage, Opened, Urgent
 from vhostfc.fc.fcp import ResponseCode, TmFlag
 from vhostfc.fc.frame import Frame
@@ -118,8 +118,8 @@ class _Running:
 class Runner:
     """See the head of the file.
 
-    served: the Served of a unit.  everybody: all of them.  transmit: sends what the switch puts out,
-    waiting for room on the way; post: the same without waiting.
+    served: the Served of a unit.  everybody: all of them.  transmit: sends what the switch puts out, waiting
+    for room on the way.
     """
 
     def __init__(
@@ -131,7 +131,7 @@ class Runner:
         urgent: deque[Urgent],
         served: Callable[[LogicalUnit], Served | None],
         everybody: Callable[[], Iterable[Served]],
-        transmit: Callable[[int, bytes | Note], Awaitable[None]],
+        transmit: Callable[[Iterable[Output]], Awaitable[None]],
         nursery: trio.Nursery,
         log: structlog.typing.FilteringBoundLogger,
     ) -> None:
@@ -175,8 +175,7 @@ class Runner:
     async def send(self, frames: Iterable[Frame]) -> None:
         """Frames of a target, each when there is room for it."""
         for frame in frames:
-            for port, what in self._switch.send(frame):
-                await self._transmit(port, what)
+            await self._transmit(self._switch.send(frame))
 
     # ------------------------------------------------------------ commands
 

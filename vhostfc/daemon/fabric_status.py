@@ -7,7 +7,7 @@ from typing import Any
 
 from vhostfc.config import FabricConfig, UnitConfig
 from vhostfc.daemon.fabric_units import Key, Served, key
-from vhostfc.daemon.fcoe import Attachment
+from vhostfc.daemon.fcoe import FcoeAttachment
 from vhostfc.daemon.fencing import Opening
 from vhostfc.fabric.array import initiator
 from vhostfc.fabric.switch import NPort, Switch
@@ -24,7 +24,7 @@ def describe(
     targets: Mapping[Wwn, TargetPort],
     served: Mapping[Key, Served],
     pids: Mapping[int, int | None],
-    attachments: Iterable[Attachment] = (),
+    attachments: Iterable[FcoeAttachment] = (),
 ) -> Json:
     """The fabric, logins, targets with their units and who has them open, FCoE attachments, zones.  pids: by F_Port."""
     return {

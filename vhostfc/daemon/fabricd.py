@@ -24,20 +24,21 @@ import trio
 from vhostfc.config import FabricConfig, TargetConfig, UnitConfig, load_fabric
 from vhostfc.daemon.control import serve_control
 from vhostfc.daemon.fabric_config import check_attachments, check_change, check_fixed, check_places, units_of, zoning_of
+from vhostfc.daemon.fabric_door import Attachment, Door
 from vhostfc.daemon.fabric_kept import KeptReservations
 from vhostfc.daemon.fabric_link import Link, greet
 from vhostfc.daemon.fabric_locks import Process
 from vhostfc.daemon.fabric_runner import Runner
 from vhostfc.daemon.fabric_status import Json, describe
 from vhostfc.daemon.fabric_units import Key, Maker, Served, Store, key
-from vhostfc.daemon.fcoe import Attachment, VirtualLink
+from vhostfc.daemon.fcoe import FcoeAttachment
 from vhostfc.daemon.fdsocket import LinkSocket, listen
 from vhostfc.daemon.fencing import OURS, Opening, Verdict
 from vhostfc.daemon.notify import Notifier, PassedFd, passed_fds
 from vhostfc.errors import ConfigError, LinkLost, VhostfcError
 from vhostfc.fabric import link
 from vhostfc.fabric.array import Array, Place
-from vhostfc.fabric.link import LinkError, Message, Note, Route
+from vhostfc.fabric.link import LinkError, Message, Route
 from vhostfc.fabric.rations import Rations
 from vhostfc.fabric.switch import Output, Switch
 from vhostfc.fabric.target import Exchange, Session, TargetPort, Urgent
@@ -57,7 +58,7 @@ class _New:
     """What a configuration asks for that was not there: opened, and not yet in use."""
 
     units: dict[Key, Served] = dataclasses.field(default_factory=dict)
-    attachments: list[Attachment] = dataclasses.field(default_factory=list)
+    attachments: list[FcoeAttachment] = dataclasses.field(default_factory=list)
 
 
 class Fabric:
@@ -73,6 +74,7 @@ class Fabric:
     ) -> None:
         self.config = config
         self.switch = Switch(config.wwn, zoning_of(config), clock=time.time)
+        self.door = Door(self.switch, kick=self._kick)
         self.array = Array()
         self._log = log
         self._store = Store(notifier or Notifier(), passed)
@@ -82,8 +84,8 @@ class Fabric:
         self._relative: dict[Wwn, int] = {}
         self._names: dict[int, Wwn] = {}
         self._served: dict[Key, Served] = {}
-        self._links: dict[int, Link | VirtualLink] = {}
-        self._fcoe: dict[str, tuple[Attachment, trio.CancelScope]] = {}
+        self._fcoe: dict[str, tuple[FcoeAttachment, trio.CancelScope]] = {}
+        self._units: dict[LogicalUnit, Served] = {}
         self._reloading = trio.Lock()
 
     async def serve(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -128,7 +130,7 @@ class Fabric:
             urgent=self._urgent,
             served=self._served_of,
             everybody=lambda: list(self._served.values()),
-            transmit=self._transmit,
+            transmit=self.door.transmit,
             nursery=nursery,
             log=self._log,
         )
@@ -139,8 +141,11 @@ class Fabric:
         self._names[number] = target
         return number
 
+    def _kick(self) -> None:
+        self._runner.kick()
+
     def _served_of(self, unit: LogicalUnit) -> Served | None:
-        return next((served for served in self._served.values() if served.unit is unit), None)
+        return self._units.get(unit)
 
     # ------------------------------------------------------------ links
 
@@ -167,16 +172,13 @@ class Fabric:
                     process.close()
 
     async def _serve_link(self, adapter: Link) -> list[Opening]:
-        adapter.f_port = self.switch.attach(adapter.name)
-        self._links[adapter.f_port] = adapter
+        adapter.f_port = self.door.plug(adapter)
         self._log.info("a link is up", adapter=adapter.name, pid=adapter.pid)
         try:
             await adapter.serve(self._handle, self._log)
         finally:
-            del self._links[adapter.f_port]
             openings = adapter.lost()
-            self._post(self.switch.detach(adapter.f_port))
-            self._runner.kick()
+            self.door.unplug(adapter.f_port)
             self._log.info("a link is down", adapter=adapter.name, pid=adapter.pid)
         return openings
 
@@ -192,18 +194,14 @@ class Fabric:
 
     def frame(self, f_port: int, data: bytes) -> None:
         """A frame from an F_Port, whatever is behind that."""
-        port = self._links[f_port]
-        going = self._going(port, data)
+        attachment = self.door.attachments[f_port]
+        going = self._going(attachment, data)
         if going:
-            self._nursery.start_soon(self._late_login, port, data, going)
+            self._nursery.start_soon(self._late_login, f_port, attachment, data, going)
         else:
-            self._frame(f_port, data)
+            self.door.arrive(f_port, data)
 
-    def _frame(self, f_port: int, data: bytes) -> None:
-        self._post(self.switch.receive(f_port, data))
-        self._runner.kick()
-
-    def _going(self, port: Link | VirtualLink, data: bytes) -> list[Opening]:
+    def _going(self, attachment: object, data: bytes) -> list[Opening]:
         """For a FLOGI or FDISC: what an earlier life of this Port_Name still has open.
 
         Its commands may still reach the medium; they must not land behind those of the new life.
@@ -220,41 +218,23 @@ class Fabric:
             opening
             for served in self._served.values()
             for opening in served.fence.openings.values()
-            if opening.wwpn == login.wwpn and opening.end is not None and opening.adapter is not port
+            if opening.wwpn == login.wwpn and opening.end is not None and opening.adapter is not attachment
         ]
 
-    async def _late_login(self, port: Link | VirtualLink, data: bytes, going: list[Opening]) -> None:
+    async def _late_login(self, f_port: int, attachment: Attachment, data: bytes, going: list[Opening]) -> None:
         for opening in going:
             await opening.gone.wait()
-        if self._links.get(port.f_port) is port:
-            self._frame(port.f_port, data)
+        if self.door.attachments.get(f_port) is attachment:
+            self.door.arrive(f_port, data)
 
-    def _post(self, outputs: list[Output]) -> None:
-        for port, what in outputs:
-            if port in self._links:
-                self._links[port].post_frame(what)
-
-    async def _transmit(self, port: int, what: bytes | Note) -> None:
-        if port in self._links:
-            await self._links[port].send_frame(what)
-
-    # ------------------------------------------------------------ FCoE attachments, whose Door this is
-
-    def plug(self, holder: str, link: VirtualLink) -> int:
-        f_port = self.switch.attach(holder)
-        self._links[f_port] = link
-        return f_port
-
-    def unplug(self, f_port: int) -> None:
-        del self._links[f_port]
-        self._post(self.switch.detach(f_port))
-        self._runner.kick()
+    # ------------------------------------------------------------ FCoE
 
     def log_out(self, port_id: int) -> None:
-        self._post(self.switch.log_out(port_id))
+        """An N_Port whose virtual link is down."""
+        self.door.post(self.switch.forget(port_id))
         self._runner.kick()
 
-    def _set_fcoe(self, config: FabricConfig, new: list[Attachment]) -> None:
+    def _set_fcoe(self, config: FabricConfig, new: list[FcoeAttachment]) -> None:
         wanted = {one.where for one in config.fcoe}
         for where in self._fcoe.keys() - wanted:
             self._fcoe.pop(where)[1].cancel()
@@ -263,7 +243,7 @@ class Fabric:
             self._fcoe[attachment.config.where] = (attachment, scope)
             self._nursery.start_soon(self._run_fcoe, attachment, scope)
 
-    async def _run_fcoe(self, attachment: Attachment, scope: trio.CancelScope) -> None:
+    async def _run_fcoe(self, attachment: FcoeAttachment, scope: trio.CancelScope) -> None:
         with scope:
             await attachment.run()
 
@@ -272,8 +252,8 @@ class Fabric:
     def _open(self, adapter: Link, wanted: link.Open) -> None:
         if wanted.seq & OURS:
             raise LinkError(f"OPEN with seq {wanted.seq:#x}, whose top bit is the fabric's")
-        login, target = self.switch.login(wanted.s_id), self._target(wanted.d_id)
-        if login is not None and login.f_port == adapter.f_port and target is not None:
+        login, target = self.switch.login(wanted.s_id), self.switch.target(wanted.d_id)
+        if login is not None and login.f_port == adapter.f_port and isinstance(target, TargetPort):
             session = target.sessions.get(wanted.s_id)
             served = self._reachable(target, session, wanted.lun)
             if session is not None and served is not None:
@@ -288,9 +268,6 @@ class Fabric:
                 adapter.openings[opening.handle] = (served.fence, opening)
                 return
         adapter.post(Route(wanted.seq, 0, 0, gone=True), [])
-
-    def _target(self, port_id: int) -> TargetPort | None:
-        return next((target for target in self._targets.values() if target.port_id == port_id), None)
 
     def _reachable(self, target: TargetPort, session: Session | None, lun: bytes) -> Served | None:
         """The unit at this LUN, if the session still is one, and zones and masks let it through."""
@@ -341,7 +318,7 @@ class Fabric:
                     new.units[unit_key] = self._maker.make(target, unit, others)
             for one in config.fcoe:
                 if one.where not in self._fcoe:
-                    new.attachments.append(Attachment(one, config.wwn, self, log=self._log))
+                    new.attachments.append(FcoeAttachment(one, config.wwn, self, log=self._log))
         except VhostfcError:
             for served in new.units.values():
                 served.medium.close()
@@ -355,6 +332,7 @@ class Fabric:
         self.config = config
         self._maker.timeout = config.fence_timeout
         self._served.update(new.units)
+        self._units.update((served.unit, served) for served in new.units.values())
         for served in new.units.values():
             self._maker.keep(served)
             if not served.claim():
@@ -368,8 +346,8 @@ class Fabric:
         outputs += self._set_targets(config)
         resized = self._set_units(wanted)
         outputs += self._place(resized)
-        self._post(outputs)
-        self._runner.kick()
+        self.door.post(outputs)
+        self._kick()
         everybody = list(self._served.values())
         for served in everybody:
             served.fence.timeout = config.fence_timeout
@@ -382,7 +360,7 @@ class Fabric:
             await served.barrier()
         for served in gone:
             await served.fence.drained()
-            del self._served[served.key]
+            del self._served[served.key], self._units[served.unit]
             self._maker.remove(served)
 
     def _set_targets(self, config: FabricConfig) -> list[Output]:
@@ -419,8 +397,10 @@ class Fabric:
             if medium.read_only != config.read_only:
                 medium.read_only = config.read_only
                 before = served.unit
+                del self._units[before]
                 served.unit = self._maker.unit(medium, before.identity.naa[0], target.wwnn, config.physical_block_size)
                 served.unit.reservations, served.unit.access = before.reservations, before.access
+                self._units[served.unit] = served
             size = config.size or medium.current_size()
             if size // medium.block_size > medium.blocks:
                 medium.grow(size)
@@ -474,7 +454,7 @@ class Fabric:
         """A medium that somebody of an earlier life still has open: the unit appears when it is free."""
         with served.claiming:
             await served.wait_for_claim(self._log)
-            self._post(self._place())
+            self.door.post(self._place())
             for one in self._served.values():
                 one.changed()
             self._log.info("a unit is served now", unit=served.medium.name)
@@ -491,9 +471,9 @@ class Fabric:
 
     def status(self) -> Json:
         """What there is, as JSON: the fabric, logins, targets with units and who has them open, zones."""
-        pids = {f_port: one.pid for f_port, one in self._links.items()}
-        attachments = [attachment for attachment, _ in self._fcoe.values()]
-        return describe(self.config, self.switch, self._targets, self._served, pids, attachments)
+        pids = {f_port: one.pid for f_port, one in self.door.attachments.items()}
+        segments = [segment for segment, _ in self._fcoe.values()]
+        return describe(self.config, self.switch, self._targets, self._served, pids, segments)
 
 
 async def _farewell(process: Process, openings: list[Opening]) -> None:

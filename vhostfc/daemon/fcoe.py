@@ -28,6 +28,7 @@ import trio
 from trio.socket import SocketType
 
 from vhostfc.config import FcoeConfig
+from vhostfc.daemon.fabric_door import Door
 from vhostfc.daemon.fdsocket import connect, listen
 from vhostfc.errors import VhostfcError
 from vhostfc.fabric.fcf import Action, Deliver, Detach, Forwarder, LogOut, Send
@@ -194,14 +195,10 @@ def _packets(interface: str, ethertype: int, mac: bytes | None) -> SocketType:
     return trio.socket.from_stdlib_socket(sock)
 
 
-class Door(Protocol):
+class Fabric(Protocol):
     """The fabric, as an attachment knows it."""
 
-    def plug(self, holder: str, link: VirtualLink) -> int:
-        """A new F_Port of the switch; what goes out there goes to `link`."""
-        ...
-
-    def unplug(self, f_port: int) -> None: ...
+    door: Door
 
     def frame(self, f_port: int, data: bytes) -> None: ...
 
@@ -213,15 +210,16 @@ class VirtualLink:
 
     pid = None
 
-    def __init__(self, attachment: Attachment) -> None:
-        self.attachment = attachment
+    def __init__(self, segment: FcoeAttachment, name: str) -> None:
+        self.name = name
         self.f_port = 0
+        self._segment = segment
 
     def post_frame(self, what: bytes | Note) -> None:
-        self.attachment.post(self.f_port, what)
+        self._segment.post(self.f_port, what)
 
     async def send_frame(self, what: bytes | Note) -> None:
-        await self.attachment.send(self.f_port, what)
+        await self._segment.send(self.f_port, what)
 
 
 class _Lane:
@@ -254,15 +252,15 @@ class _Lane:
                 await self.news.wait()
 
 
-class Attachment:
+class FcoeAttachment:
     """One `[[fcoe]]` of the fabric's file, from its beginning to its end: run() it."""
 
     def __init__(
-        self, config: FcoeConfig, fabric: Wwn, door: Door, *, log: structlog.typing.FilteringBoundLogger
+        self, config: FcoeConfig, name: Wwn, fabric: Fabric, *, log: structlog.typing.FilteringBoundLogger
     ) -> None:
         """Raises VhostfcError when its socket or interface cannot be had."""
         self.config = config
-        self._door = door
+        self._fabric = fabric
         self._log = log.bind(fcoe=config.where)
         self._segment = self._open()
         self._links: dict[int, VirtualLink] = {}
@@ -270,8 +268,8 @@ class Attachment:
         self.forwarder = Forwarder(
             config.where,
             self._attach,
-            name=fabric,
-            fabric=fabric,
+            name=name,
+            fabric=name,
             mac=self._segment.mac,
             fc_map=config.fc_map,
             priority=config.priority,
@@ -381,10 +379,10 @@ class Attachment:
                         if one in self._lanes:
                             self._lanes[one].post(data)
                 case Deliver(f_port, frame):
-                    self._door.frame(f_port, frame)
+                    self._fabric.frame(f_port, frame)
                 case LogOut(port_id, reason):
                     self._log.info("a virtual link is down", port_id=f"{port_id:06x}", reason=reason)
-                    self._door.log_out(port_id)
+                    self._fabric.log_out(port_id)
                 case Detach(f_port, reason):
                     self._log.info("an ENode is gone", f_port=f_port, reason=reason)
                     self._detach(f_port)
@@ -392,14 +390,14 @@ class Attachment:
     # ------------------------------------------------------------ F_Ports
 
     def _attach(self, holder: str) -> int:
-        link = VirtualLink(self)
-        link.f_port = self._door.plug(holder, link)
+        link = VirtualLink(self, holder)
+        link.f_port = self._fabric.door.plug(link)
         self._links[link.f_port] = link
         return link.f_port
 
     def _detach(self, f_port: int) -> None:
         if self._links.pop(f_port, None) is not None:
-            self._door.unplug(f_port)
+            self._fabric.door.unplug(f_port)
 
     # ------------------------------------------------------------ what an administrator does to it
 

@@ -12,6 +12,9 @@ nobody waits twice R_A_TOV for it.
 
 RSCNs concern targets: initiators are not told of other initiators, which would make every guest
 rediscover whenever another one starts.
+
+Whatever happens costs time in proportion to the ports that are zoned with those that it happens to,
+never to all that there are: thousands of N_Ports log in at once when a site gets its power back.
 """
 
 from __future__ import annotations
@@ -40,6 +43,8 @@ _FIRST_ID, _LAST_ID = 0x0100, 0xFEFF
 
 #: What goes out at an F_Port: a frame, or a sentence that goes with the frame after it.
 Output = tuple[int, "bytes | Note"]
+#: What is told of what happens: an event's name, and values for people and programs.
+Notice = Callable[[str, dict[str, object]], None]
 
 
 class InternalPort(Protocol):
@@ -74,7 +79,7 @@ class NPort:
 @dataclass(slots=True)
 class _FPort:
     holder: str
-    ids: list[int] = field(default_factory=list)
+    ids: dict[int, None] = field(default_factory=dict)  # in the order of their logins
 
 
 class Switch:
@@ -82,22 +87,34 @@ class Switch:
 
     name: the fabric's and the switch's name.  clock: seconds of the epoch, for "since when".
     version: grows whenever a login ends or zones change, so that others know when to look again.
-    discarded: frames, by reason.
+    discarded: frames, by reason; why: the reason of the frame that came last, None when it was not discarded.
+    notice: is told of logins, logouts, RSCNs and zones.
     """
 
-    def __init__(self, name: Wwn, zoning: Zoning, *, clock: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        name: Wwn,
+        zoning: Zoning,
+        *,
+        clock: Callable[[], float],
+        notice: Notice = lambda event, values: None,
+    ) -> None:
         self.name = name
         self.zoning = zoning
         self.names = NameServer()
         self.version = 0
         self.discarded: dict[str, int] = {}
+        self.why: str | None = None
         self._clock = clock
+        self._notice = notice
         self._f_ports: dict[int, _FPort] = {}
         self._numbers = itertools.count(1)
         self._n_ports: dict[int, NPort] = {}
         self._targets: dict[int, InternalPort] = {}
         self._by_name: dict[Wwn, int] = {}
-        self._addresses: dict[Wwn, int] = {}
+        self._addresses: dict[Wwn, int] = {}  # what each name has, or had when it was here last
+        self._assigned: set[int] = set()  # the values of that
+        self._met: dict[int, set[InternalPort]] = {}  # N_Port_ID -> targets that it has sent something to
         self._registered: dict[int, int] = {}  # SCR: N_Port_ID -> function
         self._ox_id = itertools.cycle(range(0xFFFF))
 
@@ -132,14 +149,23 @@ class Switch:
 
     def detach(self, f_port: int) -> list[Output]:
         """It is unplugged: all its N_Ports are logged out."""
-        port = self._f_ports[f_port]
-        outputs = [out for port_id in list(port.ids) for out in self._log_out(port_id)]
+        outputs = self.reset(f_port)
         del self._f_ports[f_port]
         return outputs
 
-    def log_out(self, port_id: int) -> list[Output]:
+    def forget(self, port_id: int) -> list[Output]:
         """An implicit logout of this N_Port, if it is logged in; nobody tells it."""
         return self._log_out(port_id) if port_id in self._n_ports else []
+
+    def reset(self, f_port: int) -> list[Output]:
+        """All N_Ports behind it are logged out."""
+        return [out for port_id in list(self._f_ports[f_port].ids) for out in self._log_out(port_id)]
+
+    def log_out(self, port_id: int) -> list[Output]:
+        """End a login from this side; the N_Port is told with a LOGO."""
+        login = self._n_ports[port_id]
+        logo = els.Logo(port_id, login.wwpn).pack()
+        return [*self.send(els_request(Address.F_PORT, port_id, next(self._ox_id), logo)), *self._log_out(port_id)]
 
     def add_target(self, target: InternalPort) -> list[Output]:
         """Raises ValueError when its Port_Name is in use."""
@@ -153,12 +179,16 @@ class Switch:
         entry.features = {FcType.FCP: ct.Fc4Feature.TARGET}
         entry.symbolic_name = target.name.encode()
         self.names.add(entry)
+        self._notice("target", {"target": target.name, "wwpn": str(target.wwpn), "port_id": f"{target.port_id:06x}"})
         return self._notify(entry)
 
     def remove_target(self, target: InternalPort) -> list[Output]:
         del self._targets[target.port_id]
         del self._by_name[target.wwpn]
+        for met in self._met.values():
+            met.discard(target)
         self.version += 1
+        self._notice("target gone", {"target": target.name, "wwpn": str(target.wwpn)})
         entry = self.names.remove(target.port_id)
         return self._notify(entry) if entry else []
 
@@ -166,7 +196,9 @@ class Switch:
         """Zones change at once; those who see others differently are told with RSCNs."""
         before, self.zoning = self.zoning, zoning
         self.version += 1
-        pages = affected(before, zoning, self._by_name)
+        self._notice("zones", {"zones": len(zoning.zones)})
+        targets = [self.names.entries[port_id].wwpn for port_id in sorted(self.names.targets)]
+        pages = affected(before, zoning, self._by_name, targets)
         for target in self._targets.values():
             for port_id in pages.get(target.port_id, []):
                 login = self._n_ports.get(port_id)
@@ -174,9 +206,8 @@ class Switch:
                     target.forget(port_id)
         outputs: list[Output] = []
         for port_id, others in pages.items():
-            asked = [other for other in others if self._concerns(port_id, other)]
-            if asked and port_id in self._registered:
-                outputs += self._rscn(port_id, asked, EventQualifier.CHANGED_NAME_SERVER_OBJECT)
+            if port_id in self._registered:
+                outputs += self._rscn(port_id, others, EventQualifier.CHANGED_NAME_SERVER_OBJECT)
         return outputs
 
     def service_changed(self, target: InternalPort, initiators: Iterable[Wwn]) -> list[Output]:
@@ -192,6 +223,7 @@ class Switch:
 
     def receive(self, f_port: int, data: bytes) -> list[Output]:
         """A frame from an F_Port.  Whatever it is, it is answered, delivered or discarded; never an error."""
+        self.why = None
         try:
             frame = Frame.unpack(data)
         except FrameError:
@@ -210,6 +242,7 @@ class Switch:
                 return self.send(_reject(frame, Reason.UNABLE_TO_PERFORM, Explanation.INVALID_PORT_ID))
             return self._discard("no such destination")
         if target is not None:
+            self._met.setdefault(source.port_id, set()).add(target)
             return [out for reply in target.receive(frame, source.wwpn) for out in self.send(reply)]
         return [(self._n_ports[frame.d_id].f_port, data)]
 
@@ -219,6 +252,7 @@ class Switch:
         return [(destination.f_port, frame.pack())] if destination else self._discard("destination logged out")
 
     def _discard(self, reason: str) -> list[Output]:
+        self.why = reason
         self.discarded[reason] = self.discarded.get(reason, 0) + 1
         return []
 
@@ -233,7 +267,7 @@ class Switch:
         outputs: list[Output] = []
         if request.command == Els.FLOGI:
             # A port that logs in anew has been reset: what was behind it is gone (FC-LS-3 6.2.2.3).
-            outputs = [out for port_id in list(port.ids) for out in self._log_out(port_id)]
+            outputs = self.reset(f_port)
         elif not port.ids:
             reply = _reject(frame, Reason.LOGICAL_ERROR, Explanation.LOGIN_REQUIRED)
             return [(f_port, reply.pack())]
@@ -250,8 +284,9 @@ class Switch:
         login = NPort(request.wwpn, request.wwnn, port_id, f_port, port.holder, self._clock())
         self._n_ports[port_id] = login
         self._by_name[login.wwpn] = port_id
-        port.ids.append(port_id)
+        port.ids[port_id] = None
         self.names.add(Entry(port_id, login.wwpn, login.wwnn, self._f_port_name(f_port)))
+        self._tell("login", login)
         accept = Login.fabric_accept(self._f_port_name(f_port), self.name, r_a_tov=R_A_TOV, e_d_tov=E_D_TOV)
         reply = Frame(
             RCtl.ELS_REPLY,
@@ -286,29 +321,35 @@ class Switch:
         known = self._addresses.get(wwpn)
         if known is not None:
             return known
-        taken = set(self._addresses.values())
-        if len(taken) > (_LAST_ID - _FIRST_ID) // 2:  # many names came and went: only those that are here count
-            taken = set(self._by_name.values())
-            self._addresses = dict(self._by_name)
         span = _LAST_ID - _FIRST_ID + 1
+        here = len(self._by_name)
+        if len(self._addresses) >= max(span // 2, 2 * here) or len(self._addresses) >= span > here:
+            # Many names came and went: only those that are here count.
+            self._addresses = dict(self._by_name)
+            self._assigned = set(self._by_name.values())
         start = zlib.crc32(wwpn.pack()) % span
         for step in range(span):
             port_id = DOMAIN << 16 | _FIRST_ID + (start + step) % span
-            if port_id not in taken:
+            if port_id not in self._assigned:
                 self._addresses[wwpn] = port_id
+                self._assigned.add(port_id)
                 return port_id
         return 0
 
     def _log_out(self, port_id: int) -> list[Output]:
         login = self._n_ports.pop(port_id)
         del self._by_name[login.wwpn]
-        self._f_ports[login.f_port].ids.remove(port_id)
+        del self._f_ports[login.f_port].ids[port_id]
         self._registered.pop(port_id, None)
         self.version += 1
-        for target in self._targets.values():
+        for target in self._met.pop(port_id, ()):
             target.forget(port_id)
+        self._tell("logout", login)
         entry = self.names.remove(port_id)
         return self._notify(entry) if entry else []
+
+    def _tell(self, event: str, login: NPort) -> None:
+        self._notice(event, {"wwpn": str(login.wwpn), "port_id": f"{login.port_id:06x}", "holder": login.holder})
 
     # ------------------------------------------------------------ well-known addresses
 
@@ -346,7 +387,7 @@ class Switch:
 
     def _name_server(self, source: NPort, frame: Frame) -> list[Output]:
         try:
-            answer = self.names.answer(source.port_id, frame.payload, self.visible)
+            answer = self.names.answer(source.port_id, frame.payload, self.zoning)
         except FrameError:
             return self._discard("no CT_IU")
         outputs = [out for reply in ct_reply(frame, answer.iu.pack()) for out in self.send(reply)]
@@ -354,24 +395,25 @@ class Switch:
 
     # ------------------------------------------------------------ RSCN
 
-    def _concerns(self, port_id: int, other: int) -> bool:
-        """A port is told of targets, and a target of everybody."""
-        entries = (self.names.entries.get(port_id), self.names.entries.get(other))
-        return any(entry is not None and entry.is_target for entry in entries)
-
     def _notify(self, about: Entry) -> list[Output]:
-        """This entry came, changed or went: tell those who can see it and asked."""
+        """This entry came, changed or went: tell those who can see it and asked.
+
+        A port is told of targets, and a target of everybody.
+        """
+        if about.is_target:
+            among: Iterable[int] = (self._by_name[w] for w in self.zoning.peers_in(about.wwpn, self._by_name))
+        else:
+            among = (i for i in self.names.targets if self.visible(self.names.entries[i].wwpn, about.wwpn))
         outputs: list[Output] = []
-        for port_id in list(self._registered):
-            login = self._n_ports[port_id]
-            mine = self.names.entries[port_id]
-            concerned = port_id != about.port_id and (about.is_target or mine.is_target)
-            if concerned and self.visible(login.wwpn, about.wwpn):
+        for port_id in sorted(self._registered.keys() & set(among)):
+            if port_id != about.port_id:
                 outputs += self._rscn(port_id, [about.port_id], EventQualifier.CHANGED_NAME_SERVER_OBJECT)
         return outputs
 
     def _rscn(self, port_id: int, about: Iterable[int], qualifier: EventQualifier) -> list[Output]:
         pages = tuple(els.RscnPage(other, qualifier=qualifier) for other in about)
+        named = ", ".join(f"{page.port_id:06x}" for page in pages[:8])
+        self._notice("rscn", {"to": f"{port_id:06x}", "about": named, "pages": len(pages)})
         outputs: list[Output] = []
         for start in range(0, len(pages), 255):
             payload = els.Rscn(pages[start : start + 255]).pack()

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import enum
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -28,6 +28,7 @@ from vhostfc.fc.wwn import Wwn
 
 DIRECTORY_SERVICE = 0xFC
 NAME_SERVER = 0x02
+MANAGEMENT_SERVICE = 0xFA
 _PREAMBLE = struct.Struct("!B3sBBBxHHxBBB")
 PREAMBLE_LENGTH = _PREAMBLE.size
 
@@ -40,12 +41,26 @@ class Ct(enum.IntEnum):
     GA_NXT = 0x0100
     GPN_ID = 0x0112
     GNN_ID = 0x0113
+    GCS_ID = 0x0114
+    GFT_ID = 0x0117
+    GSPN_ID = 0x0118
+    GPT_ID = 0x011A
+    GFPN_ID = 0x011C
+    GFF_ID = 0x011F
     GID_PN = 0x0121
+    GID_NN = 0x0131
+    GSNN_NN = 0x0139
     GID_FT = 0x0171
     GPN_FT = 0x0172
+    GNN_FT = 0x0173
+    GID_PT = 0x01A1
+    GID_FF = 0x01F1
+    RPN_ID = 0x0212
     RNN_ID = 0x0213
+    RCS_ID = 0x0214
     RFT_ID = 0x0217
     RSPN_ID = 0x0218
+    RPT_ID = 0x021A
     RFF_ID = 0x021F
     RSNN_NN = 0x0239
     DA_ID = 0x0300
@@ -71,11 +86,30 @@ class Explanation(enum.IntEnum):
     PORT_ID_NOT_REGISTERED = 0x01
     PORT_NAME_NOT_REGISTERED = 0x02
     NODE_NAME_NOT_REGISTERED = 0x03
+    CLASS_NOT_REGISTERED = 0x04
     FC4_TYPES_NOT_REGISTERED = 0x07
-    ACCESS_DENIED = 0x11
-    UNACCEPTABLE_PORT_ID = 0x12
-    DATABASE_EMPTY = 0x13
-    NO_OBJECT_IN_SCOPE = 0x14
+    SYMBOLIC_PORT_NAME_NOT_REGISTERED = 0x08
+    SYMBOLIC_NODE_NAME_NOT_REGISTERED = 0x09
+    PORT_TYPE_NOT_REGISTERED = 0x0A
+    FC4_FEATURES_NOT_REGISTERED = 0x0F
+    ACCESS_DENIED = 0x10
+    UNACCEPTABLE_PORT_ID = 0x11
+    DATABASE_EMPTY = 0x12
+    NO_OBJECT_IN_SCOPE = 0x13
+
+
+class PortType(enum.IntEnum):
+    """Port types (FC-GS-6 table 24)."""
+
+    UNIDENTIFIED = 0x00
+    N_PORT = 0x01
+    NL_PORT = 0x02
+    NX_PORT = 0x7F
+    F_PORT = 0x81
+
+
+#: Class 3 among the classes of service, a bit for each (FC-GS-6 5.2.3.5).
+CLASS_3 = 0x08
 
 
 class CtError(FrameError):
@@ -170,7 +204,7 @@ def ct_request(s_id: int, d_id: int, ox_id: int, payload: bytes) -> Frame:
 
 @dataclass(frozen=True, slots=True)
 class ByPortId:
-    """GA_NXT, GPN_ID, GNN_ID and DA_ID: a command and an N_Port_ID."""
+    """GA_NXT, DA_ID and all G..._ID: a command and an N_Port_ID."""
 
     command: int
     port_id: int
@@ -180,18 +214,19 @@ class ByPortId:
 
 
 @dataclass(frozen=True, slots=True)
-class GidPn:
-    """Get the N_Port_ID of a Port_Name."""
+class ByName:
+    """GID_PN, of a Port_Name; GID_NN and GSNN_NN, of a Node_Name."""
 
-    wwpn: Wwn
+    command: int
+    name: Wwn
 
     def pack(self) -> bytes:
-        return CtIu(Ct.GID_PN, self.wwpn.pack()).pack()
+        return CtIu(self.command, self.name.pack()).pack()
 
 
 @dataclass(frozen=True, slots=True)
 class ByFc4Type:
-    """GID_FT and GPN_FT: every port of an FC-4 type; domain and area 0 mean all of the fabric."""
+    """GID_FT, GPN_FT and GNN_FT: every port of an FC-4 type; domain and area 0 mean all of the fabric."""
 
     command: int
     fc4_type: int = FcType.FCP
@@ -203,6 +238,43 @@ class ByFc4Type:
 
 
 @dataclass(frozen=True, slots=True)
+class GidPt:
+    """Get the N_Port_IDs of every port of a type; N_PORT and NX_PORT mean the same here, where there is no loop."""
+
+    port_type: int = PortType.NX_PORT
+    domain: int = 0
+    area: int = 0
+
+    def pack(self) -> bytes:
+        return CtIu(Ct.GID_PT, bytes([self.port_type, self.domain, self.area, 0])).pack()
+
+
+@dataclass(frozen=True, slots=True)
+class GidFf:
+    """Get the N_Port_IDs of every port with one of these features for an FC-4 type."""
+
+    features: int
+    fc4_type: int = FcType.FCP
+    domain: int = 0
+    area: int = 0
+
+    def pack(self) -> bytes:
+        body = bytes([0, self.domain, self.area, 0, 0, 0, self.features, self.fc4_type])
+        return CtIu(Ct.GID_FF, body).pack()
+
+
+@dataclass(frozen=True, slots=True)
+class RpnId:
+    """Register the Port_Name of a port: its login has told it already."""
+
+    port_id: int
+    wwpn: Wwn
+
+    def pack(self) -> bytes:
+        return CtIu(Ct.RPN_ID, b"\0" + pack_id(self.port_id) + self.wwpn.pack()).pack()
+
+
+@dataclass(frozen=True, slots=True)
 class RnnId:
     """Register the Node_Name of a port."""
 
@@ -211,6 +283,28 @@ class RnnId:
 
     def pack(self) -> bytes:
         return CtIu(Ct.RNN_ID, b"\0" + pack_id(self.port_id) + self.wwnn.pack()).pack()
+
+
+@dataclass(frozen=True, slots=True)
+class RcsId:
+    """Register the classes of service of a port, a bit for each."""
+
+    port_id: int
+    classes: int = CLASS_3
+
+    def pack(self) -> bytes:
+        return CtIu(Ct.RCS_ID, b"\0" + pack_id(self.port_id) + struct.pack("!I", self.classes)).pack()
+
+
+@dataclass(frozen=True, slots=True)
+class RptId:
+    """Register the type of a port."""
+
+    port_id: int
+    port_type: int = PortType.N_PORT
+
+    def pack(self) -> bytes:
+        return CtIu(Ct.RPT_ID, b"\0" + pack_id(self.port_id) + bytes([self.port_type, 0, 0, 0])).pack()
 
 
 @dataclass(frozen=True, slots=True)
@@ -265,20 +359,18 @@ class RsnnNn:
         return CtIu(Ct.RSNN_NN, self.wwnn.pack() + _counted(self.name)).pack()
 
 
-Request = ByPortId | GidPn | ByFc4Type | RnnId | RftId | RffId | RspnId | RsnnNn
+Query = ByPortId | ByName | ByFc4Type | GidPt | GidFf
+Registration = RpnId | RnnId | RcsId | RftId | RptId | RffId | RspnId | RsnnNn
+Request = Query | Registration
 
 #: The shortest body of each request.
 _LENGTHS = {
-    Ct.GA_NXT: 4,
-    Ct.GPN_ID: 4,
-    Ct.GNN_ID: 4,
-    Ct.DA_ID: 4,
-    Ct.GID_PN: 8,
-    Ct.GID_FT: 4,
-    Ct.GPN_FT: 4,
-    Ct.RNN_ID: 12,
+    **dict.fromkeys((Ct.GA_NXT, Ct.GPN_ID, Ct.GNN_ID, Ct.GCS_ID, Ct.GFT_ID, Ct.GSPN_ID, Ct.GPT_ID, Ct.GFPN_ID), 4),
+    **dict.fromkeys((Ct.GFF_ID, Ct.DA_ID, Ct.GID_FT, Ct.GPN_FT, Ct.GNN_FT, Ct.GID_PT), 4),
+    **dict.fromkeys((Ct.GID_PN, Ct.GID_NN, Ct.GSNN_NN, Ct.GID_FF), 8),
+    **dict.fromkeys((Ct.RPN_ID, Ct.RNN_ID), 12),
+    **dict.fromkeys((Ct.RCS_ID, Ct.RPT_ID, Ct.RFF_ID), 8),
     Ct.RFT_ID: 36,
-    Ct.RFF_ID: 8,
     Ct.RSPN_ID: 5,
     Ct.RSNN_NN: 9,
 }
@@ -303,14 +395,24 @@ def parse_request(payload: bytes) -> Request:
         raise CtError(f"{code.name} with {len(body)} bytes, {length} are the least", Reason.INVALID_SIZE)
     port_id = unpack_id(body[1:4])
     match code:
-        case Ct.GID_PN:
-            return GidPn(Wwn.unpack(body[:8]))
-        case Ct.GID_FT | Ct.GPN_FT:
+        case Ct.GID_PN | Ct.GID_NN | Ct.GSNN_NN:
+            return ByName(code, Wwn.unpack(body[:8]))
+        case Ct.GID_FT | Ct.GPN_FT | Ct.GNN_FT:
             return ByFc4Type(code, fc4_type=body[3], domain=body[1], area=body[2])
+        case Ct.GID_PT:
+            return GidPt(body[0], domain=body[1], area=body[2])
+        case Ct.GID_FF:
+            return GidFf(features=body[6], fc4_type=body[7], domain=body[1], area=body[2])
+        case Ct.RPN_ID:
+            return RpnId(port_id, Wwn.unpack(body[4:12]))
         case Ct.RNN_ID:
             return RnnId(port_id, Wwn.unpack(body[4:12]))
+        case Ct.RCS_ID:
+            return RcsId(port_id, int.from_bytes(body[4:8], "big"))
         case Ct.RFT_ID:
             return RftId(port_id, unpack_types(body[4:36]))
+        case Ct.RPT_ID:
+            return RptId(port_id, body[4])
         case Ct.RFF_ID:
             return RffId(port_id, features=body[6], fc4_type=body[7])
         case Ct.RSPN_ID:
@@ -347,6 +449,32 @@ def unpack_types(data: bytes) -> frozenset[int]:
     return frozenset(t for t in range(256) if words[t // 32] >> t % 32 & 1)
 
 
+def pack_features(features: Mapping[int, int]) -> bytes:
+    """An FC-4 Features object, the accept of GFF_ID: four bits for each type (FC-GS-6 5.2.3.15)."""
+    words = [0] * 32
+    for fc4_type, bits in features.items():
+        words[fc4_type // 8] |= (bits & 0x0F) << 4 * (fc4_type % 8)
+    return struct.pack("!32I", *words)
+
+
+def unpack_features(body: bytes) -> dict[int, int]:
+    """Raises FrameError when the body is too short."""
+    if len(body) < 128:
+        raise FrameError(f"FC-4 features in {len(body)} bytes, 128 are the least")
+    words = struct.unpack_from("!32I", body)
+    return {t: bits for t in range(256) if (bits := words[t // 8] >> 4 * (t % 8) & 0x0F)}
+
+
+def pack_symbolic_name(name: bytes) -> bytes:
+    """The accept of GSPN_ID and GSNN_NN: a length and as many bytes."""
+    return _counted(name)
+
+
+def unpack_symbolic_name(body: bytes) -> bytes:
+    """Raises FrameError when the body is shorter than its length says."""
+    return _uncounted(body, Ct.GSPN_ID)
+
+
 _LAST = 0x80
 
 
@@ -361,7 +489,7 @@ def unpack_port_ids(body: bytes) -> list[int]:
 
 
 def pack_port_names(ports: Sequence[tuple[int, Wwn]]) -> bytes:
-    """The accept of GPN_FT: N_Port_IDs and Port_Names."""
+    """The accept of GPN_FT and GNN_FT: N_Port_IDs, and Port_Names or Node_Names."""
     return b"".join(
         bytes([_LAST * (i == len(ports) - 1)]) + pack_id(port) + bytes(4) + name.pack()
         for i, (port, name) in enumerate(ports)
@@ -390,7 +518,7 @@ _GA_NXT = struct.Struct("!B3s8s256s8s256s8x16xI32s16x8sx3s")
 class PortEntry:
     """All that the name server knows of a port: the accept of GA_NXT (FC-GS-6 5.2.5.2).
 
-    port_type: 1 is an N_Port.  classes: a bit per class of service, class 3 is 8.
+    classes: a bit for each class of service.
     """
 
     port_id: int
@@ -400,8 +528,8 @@ class PortEntry:
     port_symbolic_name: bytes = b""
     node_symbolic_name: bytes = b""
     fabric_port_name: Wwn = _UNNAMED
-    port_type: int = 1
-    classes: int = 8
+    port_type: int = PortType.N_PORT
+    classes: int = CLASS_3
 
     def pack(self) -> bytes:
         return _GA_NXT.pack(
