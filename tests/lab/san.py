@@ -131,6 +131,7 @@ class San:
     units: list[UnitSpec]
     zones: list[Zone] = field(default_factory=list)
     fence_timeout: float = 2.0
+    extra: str = ""  # more of the fabric's file
     environment: dict[str, str] = field(default_factory=dict)
     adapters: dict[int, Daemon] = field(default_factory=dict)
     fabric: Daemon | None = None
@@ -155,6 +156,10 @@ class San:
     def control(self, number: int) -> Path:
         return self.directory / f"vm{number}.control"
 
+    @property
+    def fcoe_socket(self) -> Path:
+        return self.directory / "fcoe.sock"
+
     def write_fabric(self) -> Path:
         """Write the fabric's file as the fields have it now."""
         path = self.directory / "fabric.toml"
@@ -164,6 +169,7 @@ class San:
             f'[[target]]\nname = "array-a"\nwwpn = "{TARGET}"\nwwnn = "{TARGET_NODE}"',
             *(unit.toml() for unit in self.units),
             *(zone.toml() for zone in self.zones),
+            self.extra,
         ]
         path.write_text("\n".join(parts) + "\n")
         return path
