@@ -131,6 +131,11 @@ class Medium:
         if self.kind is not MediumKind.NULL:
             await self._run(len(data), lambda: self._write(lba, data, fua))
 
+    def restore(self, lba: int, data: bytes) -> None:
+        """Write at once, before anybody is served.  Raises MediumError."""
+        if self.kind is not MediumKind.NULL and (lba + len(data) // self.block_size) <= self.blocks:
+            self._write(lba, data, fua=True)
+
     async def fill(self, lba: int, blocks: int, block: bytes, *, unmap: bool = False) -> None:
         """unmap, with a block of zeros: the medium may drop the blocks, and they read as zeros."""
         if self.kind is not MediumKind.NULL:
