@@ -336,8 +336,13 @@ def media_cdb(opcode: int, lba: int, count: int, flags: int, action: int) -> byt
 
 def play(world: World, examples: int, steps: int) -> None:
     before = world.san.status(1)["counters"]["fast"]
+
+    class Here(Streams):
+        def __init__(self) -> None:
+            super().__init__(world)
+
     run_state_machine_as_test(
-        lambda: Streams(world),
+        Here,
         settings=settings(
             max_examples=examples,
             stateful_step_count=steps,
