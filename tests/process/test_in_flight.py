@@ -9,24 +9,33 @@ all SCSI: at the moment of GOOD, and again when every write that was under way w
 
 from __future__ import annotations
 
-import contextlib
-import itertools
-import mmap
-import os
 import signal
-import subprocess
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from functools import partial
 
 import pytest
 import trio
 
-from tests.lab.san import Daemon, San, UnitSpec
-from tests.process.driving import KIB, ready, write_10
+from tests.lab.san import UnitSpec
+from tests.process.driving import ready, write_10
+from tests.process.slowsan import (
+    FAST,
+    FENCE_TIMEOUT,
+    FRAMES,
+    HOLDER,
+    KEY,
+    LANDED,
+    MARGIN,
+    SIZE,
+    SlowSan,
+    Victim,
+    join,
+    until,
+    victim,
+)
 from tests.process.test_preempt import (
     CLEAR,
     CONFLICT,
@@ -38,71 +47,15 @@ from tests.process.test_preempt import (
     WRITE_EXCLUSIVE_REGISTRANTS_ONLY,
     out,
 )
-from tests.process.zygote import Forked, Zygote
-from vhostfc.frontend.client import BackendError
+from tests.process.zygote import Zygote
 from vhostfc.frontend.driver import ScsiDriver
 
-SIZE = 512 * KIB
-WRITE = 64 * KIB
-HOLDER, FAST, FRAMES = 1, 2, 3
-KEY = 2  # of both victims: one command preempts both
-FENCE_TIMEOUT = 0.3
-MARGIN = 2.0  # what a busy machine may add
-#: Longer than a slow write is under way: 16 pieces with half a millisecond between them, and what the machine adds.
-LANDED = 0.04
 MEDIA = {"memory": f"size = {SIZE}", "file": 'file = "{directory}/disk"\nsize = ' + str(SIZE)}
 #: Where the something is done, and what.
 STEPS = (
     *("nothing", "before kill", "message kill", "ack kill", "acked kill", "good kill"),
     *("before stop", "message stop", "ack stop"),
 )
-
-
-class SlowSan(San):
-    """A network whose fabric and adapter 2 are the zygote's children."""
-
-    zygote: Zygote
-
-    @property
-    def plan(self) -> Path:
-        return self.directory / "plan"
-
-    def start_fabric(self, *options: str) -> Daemon:
-        arguments = ["fabric", "--config", str(self.write_fabric()), *options]
-        self.fabric = Forked(self.zygote, arguments, self.directory / "fabric.log", self.plan)
-        self.started.append(self.fabric)
-        self.wait_for(lambda: self.answers(self.fabric_control, self.the_fabric), self.fabric)
-        return self.fabric
-
-    def spawn_adapter(self, number: int, **how: Any) -> Daemon:
-        if number != FAST:
-            return super().spawn_adapter(number, **how)
-        arguments = ["serve", "--config", str(self.write_adapter(number))]
-        self.adapters[number] = daemon = Forked(self.zygote, arguments, self.directory / f"vm{number}.log", self.plan)
-        self.started.append(daemon)
-        return daemon
-
-    @contextlib.contextmanager
-    def blocks(self) -> Iterator[mmap.mmap]:
-        """The medium itself."""
-        directory = Path(f"/proc/{self.the_fabric.pid}/fd")
-        for link in directory.iterdir():
-            with contextlib.suppress(OSError):
-                if "vhostfc-unit" in os.readlink(link) or os.readlink(link) == str(self.directory / "disk"):
-                    with link.open("rb") as file, mmap.mmap(file.fileno(), SIZE, prot=mmap.PROT_READ) as view:
-                        yield view
-                    return
-        raise AssertionError("the fabric has no medium open")
-
-
-@pytest.fixture(scope="module")
-def zygote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Zygote]:
-    library = tmp_path_factory.mktemp("slow") / "slow.so"
-    source = Path(__file__).with_name("slow.c")
-    flags = ["-O2", "-Wall", "-Wextra", "-Werror", "-fno-builtin", "-fPIC", "-shared"]
-    subprocess.run(["gcc", *flags, "-o", library, source, "-ldl"], check=True)
-    with Zygote(library) as running:
-        yield running
 
 
 @pytest.fixture(scope="module", params=list(MEDIA))
@@ -116,65 +69,6 @@ def san(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
         network.start_adapter(FAST)
         network.start_adapter(FRAMES, fabric="fast_path = false")
         yield network
-
-
-@dataclass
-class Victim:
-    """A driver that writes as long as it may, several commands at a time.  flying: those under way."""
-
-    driver: ScsiDriver
-    name: bytes
-    flying: int = 0
-    written: int = 0
-    refused: int = 0
-    lost: bool = False
-    pause: trio.Event = field(default_factory=trio.Event)
-
-    async def run(self) -> None:
-        async with trio.open_nursery() as nursery:
-            for number in range(4):
-                nursery.start_soon(self._writer, number)
-
-    async def _writer(self, number: int) -> None:
-        for turn in itertools.count():
-            at = (turn * 5 + number * 2) * WRITE % SIZE
-            data = (self.name + turn.to_bytes(4, "big") * 3 + bytes([number])).ljust(16, b"\0") * (WRITE // 16)
-            self.flying += 1
-            try:
-                answer = await self.driver.command(0, 0, write_10(at // 512, WRITE // 512), data, queue=0, timeout=60)
-            except BackendError:
-                self.lost = True
-                return
-            finally:
-                self.flying -= 1
-            if answer.good:
-                self.written += 1
-            elif not answer.unit_attention:
-                self.refused += 1
-                await trio.sleep(0.002)
-
-
-@contextlib.asynccontextmanager
-async def victim(san: San, number: int, name: bytes) -> AsyncIterator[Victim]:
-    """Registered and writing; its back end may go away."""
-    with contextlib.suppress(BackendError):
-        async with ScsiDriver.open(san.socket(number), queues=2, timeout=60, regions=(4 << 20,)) as driver:
-            one = Victim(driver, name)
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(one.run)
-                yield one
-                nursery.cancel_scope.cancel()
-
-
-async def join(one: Victim) -> None:
-    assert await out(one.driver, IGNORE, 0, KEY) == GOOD
-
-
-async def until(condition: Any, what: str) -> None:
-    with trio.move_on_after(20) as scope:
-        while not condition():
-            await trio.sleep(0.001)
-    assert not scope.cancelled_caught, what
 
 
 @dataclass
@@ -199,7 +93,7 @@ async def fence(san: SlowSan, holder: ScsiDriver, victims: list[Victim], step: s
     fast, frames = victims
     adapter = san.adapters[FAST]
     for one in victims:
-        await until(lambda one=one: one.written >= 2 and one.flying >= 2, "nobody writes")
+        await until(partial(getattr, one, "writing"), "nobody writes")
     await trio.sleep(number % 16 / 1000)
     where, _, what = step.partition(" ")
     if where == "before":
@@ -280,7 +174,7 @@ async def test_the_proof_can_fail(san: SlowSan) -> None:
     async with victim(san, FRAMES, b"fr") as frames, victim(san, FAST, b"fa") as fast:
         for one in (fast, frames):
             await ready(one.driver, 0)
-            await until(lambda one=one: one.written >= 2, "nobody writes")
+            await until(partial(getattr, one, "writing"), "nobody writes")
         with san.blocks() as medium:
             for _ in range(20):
                 before = bytes(medium)
