@@ -158,8 +158,8 @@ def test_every_command_of_the_table_is_run_by_somebody(disk: Target) -> None:
 
 def test_supported_task_management_functions(disk: Target) -> None:
     # ATS, ATSS, CTSS, LURS
-    assert disk.good("a3 0d 00 000000 00000010 00 00") == bytes.fromhex("d8 00 00 00")
-    assert disk.good("a3 0d 80 000000 00000010 00 00") == bytes.fromhex("d8 00 00 0c") + bytes(12)
+    assert disk.good("a3 0d 00 000000 00000010 00 00") == bytes.fromhex("d8 02 00 00")
+    assert disk.good("a3 0d 80 000000 00000010 00 00") == bytes.fromhex("d8 02 00 0c") + bytes(12)
 
 
 def test_log_sense_has_the_page_of_pages(disk: Target) -> None:

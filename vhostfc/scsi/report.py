@@ -97,8 +97,8 @@ def _timeouts(command: Command) -> bytes:
 
 
 def supported_task_management(*, extended: bool) -> bytes:
-    """REPORT SUPPORTED TASK MANAGEMENT FUNCTIONS: ATS, ATSS, CTSS, LURS; with REPD set, 16 bytes and no timeouts."""
-    return bytes([0xD8, 0, 0, 12]) + bytes(12) if extended else bytes([0xD8, 0, 0, 0])
+    """REPORT SUPPORTED TASK MANAGEMENT FUNCTIONS: ATS, ATSS, CTSS, LURS, QTSS; with REPD set, 16 bytes, no timeouts."""
+    return bytes([0xD8, 0x02, 0, 12]) + bytes(12) if extended else bytes([0xD8, 0x02, 0, 0])
 
 
 def log_pages(request: bytes) -> bytes:
