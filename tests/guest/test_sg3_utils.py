@@ -31,7 +31,8 @@ group = 2
 COMPLAINTS = re.compile(r"error|illegal|invalid|fail|bad |unexpected|not supported|unable|too short", re.IGNORECASE)
 #: What they say of a disk as it should be.
 NO_COMPLAINTS = re.compile(
-    r"error recovery|read-write error|error counter|\[(threshold sets|percentages) not supported\]|errors: 0",
+    r"error recovery|exit failure mode|read-write error|error counter|errors: 0"
+    r"|\[(threshold sets|percentages) not supported\]",
     re.IGNORECASE,
 )
 
@@ -151,7 +152,7 @@ def test_they_change_blocks(guest: Guest) -> None:
         keep(guest, name, f"sg_write_x {kind} --bs=512 --lba=8 --num=2 --in=/run/new {one}")
         guest.check(f"{same}8 && cmp /run/back /run/first")
     keep(guest, "sg_write_verify", f"sg_write_verify -l 30 -n 2 -i /run/new {one}")
-    keep(guest, "sg_write_x_same_32", f"sg_write_x --same --32 --bs=512 --lba=40 --num=3 --in=/run/first {one}")
+    keep(guest, "sg_write_x_same_32", f"sg_write_x --same=0 --32 --bs=512 --lba=40 --num=3 --in=/run/first {one}")
     guest.check(f"{same}42 && cmp /run/back /run/first")
     keep(guest, "sg_xcopy", f"sg_xcopy if={one} skip=8 of={one} seek=100 bs=512 count=2")
     guest.check(f"{same}100 && cmp /run/back /run/first")
@@ -243,13 +244,13 @@ def test_registrations_for_others_and_through_all_ports(guest: Guest) -> None:
     keep(
         guest, "sg_persist_move",
         f"{persist} -o --register-move --param-rk=0xa --param-sark=0xb --relative-target-port=1 "
-        f"--transport-id=naa,{name} {one}",
+        f"--transport-id=fcp,{name} {one}",
     )  # fmt: skip
     assert guest.run(f"sg_dd if=/dev/zero of={one} bs=512 count=1")[0] != 0
     guest.check(f"sg_dd if=/dev/zero of={two} bs=512 count=1")
     guest.check(f"{persist} -o -C -K 0xb {two}")
     heard(guest, one, two)
-    guest.check(f"{persist} -o -G -S 0xc --transport-id=naa,{name} {one}")
+    guest.check(f"{persist} -o -G -S 0xc --transport-id=fcp,{name} {one}")
     keys = keep(guest, "sg_persist_spec_i_pt", f"{persist} -s {one}")
     assert name in keys.replace(" ", ""), keys
     guest.check(f"{persist} -o -C -K 0xc {one}")

@@ -117,6 +117,8 @@ async def fence(san: SlowSan, holder: ScsiDriver, victims: list[Victim], step: s
         if what:
             await until(lambda: not adapter.alive, f"{step}: the adapter lives")
             assert not san.plan.exists()
+        else:
+            assert adapter.alive, "an adapter that is well was killed: it did not look at its message in time"
         refused = frames.refused
         await until(lambda: frames.refused > refused, "the writes of frames go on")
         assert bytes(medium) == after, f"a write landed late: {step}, round {number}"
@@ -153,7 +155,7 @@ async def rounds(san: SlowSan, step: str, count: int) -> Tally:
 
 @pytest.mark.parametrize("step", STEPS)
 async def test_nothing_lands_after_good(san: SlowSan, step: str) -> None:
-    await rounds(san, step, 3 if "stop" in step else 8)
+    await rounds(san, step, 2 if "stop" in step else 5)
 
 
 @pytest.mark.long
