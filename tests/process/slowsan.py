@@ -27,7 +27,7 @@ SIZE = 512 * KIB
 WRITE = 64 * KIB
 HOLDER, FAST, FRAMES = 1, 2, 3
 KEY = 2  # of both victims: one command preempts both
-FENCE_TIMEOUT = 0.3
+FENCE_TIMEOUT = 0.5
 MARGIN = 2.0  # what a busy machine may add
 #: Longer than a slow write is under way: 16 pieces with half a millisecond between them, and what the machine adds.
 LANDED = 0.04
