@@ -426,7 +426,7 @@ void *worker_main(void *argument)
 
 		if (!busy)
 			wait_for_work(worker, patience(worker));
-		else if ((worker->credit -= TURN) < 0)
+		else if ((worker->credit -= TURN) < 0 || mailbox_presses(&worker->box))
 			wait_for_work(worker, 0);
 		run_active(worker);
 		files->flush(worker->files);
