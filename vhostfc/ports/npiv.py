@@ -84,8 +84,8 @@ class NpivFabric:
     """The way into a fabric through an HBA.
 
     state: a directory of this adapter's own.  dev_loss, fast_io_fail: seconds.  keep: leave the vport where it is at
-    the end, so that a restart finds it logged in.  workers: threads that a unit is opened for.  survey: seconds
-    between questions to the targets.
+    the end, so that a restart finds it logged in.  guard: refuse to start where the host would use the units.
+    workers: threads that a unit is opened for.  survey: seconds between questions to the targets.
     """
 
     def __init__(
@@ -102,6 +102,7 @@ class NpivFabric:
         command_timeout: float = 60.0,
         survey: float = 30.0,
         patience: float = 30.0,
+        guard: bool = True,
     ) -> None:
         self._kernel = kernel
         self._parents = parents
@@ -113,11 +114,25 @@ class NpivFabric:
         self._command_timeout = command_timeout
         self._survey = survey
         self._patience = patience
+        self._guard = guard
+
+    def _check_hands_off(self) -> None:
+        """The host's own drivers must keep off: sd would read the units, and take the guest's unit attentions."""
+        if not self._kernel.sysfs.autoprobe():
+            return
+        message = (
+            "this host would attach the guest's units to itself: run `vhostfc setup`, which keeps its drivers off"
+            " vports' units and has its other disks found as before"
+        )
+        if self._guard:
+            raise LoginRefused(message)
+        self._log.warning(message)
 
     @asynccontextmanager
     async def login(self, identity: PortIdentity) -> AsyncIterator[Port]:
         """See the seam.  Waits for a link that is down; LoginRefused tells what has to be mended."""
         log = self._log.bind(wwpn=str(identity.wwpn))
+        self._check_hands_off()
         vports = Vports(self._kernel, self._parents, state=self._state, log=log, patience=self._patience)
         failure: Exception | None = None
         with _one_of_us(self._state, identity):
