@@ -85,9 +85,7 @@ def judge(results: conformance.Results, at_least: int) -> None:
     assert conformance.counts(results)["passed"] >= at_least
 
 
-@pytest.mark.parametrize(
-    ("suites", "at_least"), [PARTS[0], pytest.param(*PARTS[1], marks=pytest.mark.long), PARTS[2]]
-)
+@pytest.mark.parametrize(("suites", "at_least"), [PARTS[0], pytest.param(*PARTS[1], marks=pytest.mark.long), PARTS[2]])
 def test_the_whole_suite(guest: Guest, suites: str, at_least: int) -> None:
     judge(conformance.run_suite(guest, sg(guest, MEMORY_512)[:1], only=suites, skip=SKIP, total=550), at_least)
 

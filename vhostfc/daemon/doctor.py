@@ -1,4 +1,4 @@
-"""`vhostfc doctor`: what of this host is ready for adapters on an HBA, what is missing, what is wrong, and what mends it.
+"""`vhostfc doctor`: what of this host is ready for adapters on an HBA, missing or wrong, and what mends it.
 
 Everything is read below a root, so that a fake host has its diagnosis, too; what is not a file comes in as `facts`.
 """

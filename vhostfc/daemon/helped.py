@@ -8,8 +8,8 @@ from __future__ import annotations
 import errno
 import json
 import os
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -66,9 +66,9 @@ class HelpedKernel:
     async def _ask(self, request: dict[str, Any], what: str) -> dict[str, Any]:
         """Raises OSError as the kernel gave it to the helper, or when the helper cannot be reached."""
         try:
-            async with await self._connect() as stream:
+            async with await self._connect() as stream, aclosing(_lines(stream)) as lines:
                 await stream.send_all(json.dumps(request).encode() + b"\n")
-                async for line in _lines(stream):
+                async for line in lines:
                     answer: dict[str, Any] = json.loads(line)
                     if answer.get("ok"):
                         return answer
@@ -81,9 +81,9 @@ class HelpedKernel:
     async def _watch(self, send: trio.MemorySendChannel[Hint]) -> None:
         while True:
             try:
-                async with await self._connect() as stream:
+                async with await self._connect() as stream, aclosing(_lines(stream)) as lines:
                     await stream.send_all(b'{"watch": true}\n')
-                    async for line in _lines(stream):
+                    async for line in lines:
                         hint = _hint(json.loads(line))
                         if hint is not None:
                             await send.send(hint)
@@ -92,7 +92,7 @@ class HelpedKernel:
             await trio.sleep(1)
 
 
-async def _lines(stream: trio.SocketStream) -> AsyncIterator[bytes]:
+async def _lines(stream: trio.SocketStream) -> AsyncGenerator[bytes, None]:
     buffer = bytearray()
     while True:
         while (end := buffer.find(b"\n")) >= 0:

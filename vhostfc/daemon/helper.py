@@ -204,13 +204,24 @@ async def run_helper(
     log: structlog.typing.FilteringBoundLogger,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    """Serve until cancelled.  users: who may ask, by number, besides root."""
+    """Serve until cancelled; takes the listener.  users: who may ask, by number, besides root."""
     helper = Helper(kernel, etc, log=log)
+    with listener:
+        await _accept(helper, listener, users | {0}, log, task_status)
+
+
+async def _accept(
+    helper: Helper,
+    listener: trio.socket.SocketType,
+    users: set[int],
+    log: structlog.typing.FilteringBoundLogger,
+    task_status: trio.TaskStatus[None],
+) -> None:
     async with trio.open_nursery() as nursery:
         task_status.started()
         while True:
             sock, _ = await listener.accept()
-            if may_ask(sock, users | {0}):
+            if may_ask(sock, users):
                 nursery.start_soon(helper.serve_client, sock)
             else:
                 log.warning("somebody else asked")
