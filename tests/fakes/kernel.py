@@ -139,6 +139,7 @@ class FakeKernel:
         self.writes: list[tuple[str, str]] = []
         self.resets: list[tuple[str, int]] = []
         self.limit = 1310720
+        self.locked = False
         self._nursery = nursery
         self._listeners: list[trio.MemorySendChannel[Hint]] = []
         self._events = 0
@@ -171,6 +172,8 @@ class FakeKernel:
 
     async def open_units(self, lun: Lun, count: int) -> tuple[list[int], int]:
         await trio.lowlevel.checkpoint()
+        if self.locked:  # udev has not looked at it yet
+            raise OSError(errno.EACCES, os.strerror(errno.EACCES), lun.sg)
         node = self.nodes.get(lun.sg or "")
         if node is None:
             raise OSError(errno.ENXIO, os.strerror(errno.ENXIO), lun.sg)
@@ -553,6 +556,7 @@ class FakeKernel:
             for file, text in (("state", "running"), ("type", str(unit.type)), ("queue_depth", str(unit.queue_depth))):
                 self._put(at / file, text)
             self._put(at / "delete", "")
+            self._put(at / "rescan", "")
             (at / "vpd_pg83").write_bytes(unit.page_83)
             self._class(at, "scsi_device", hctl, {})
             self._uevent("add", at, "scsi")
@@ -561,6 +565,12 @@ class FakeKernel:
 
     async def _delete_unit(self, _text: str, hctl: str) -> None:
         self._remove_node(next(node for node in self.nodes.values() if node.hctl == hctl))
+
+    async def _rescan_unit(self, _text: str, hctl: str) -> None:
+        node = next(node for node in self.nodes.values() if node.hctl == hctl)
+        unit = node.target.visible(node.host.wwpn).get(node.number)
+        if unit is not None:
+            (self._lun(node) / "vpd_pg83").write_bytes(unit.page_83)
 
     def _remove_node(self, node: _Node) -> None:
         name = next(name for name, one in self.nodes.items() if one is node)
@@ -647,6 +657,7 @@ class FakeKernel:
         (r"class/fc_remote_ports/(rport-[\d:-]+)/(dev_loss_tmo|fast_io_fail_tmo)", _timer),
         (r"class/scsi_host/(host\d+)/scan", _scan_file),
         (r"class/scsi_device/(\d+:\d+:\d+:\d+)/device/delete", _delete_unit),
+        (r"class/scsi_device/(\d+:\d+:\d+:\d+)/device/rescan", _rescan_unit),
         (r"bus/scsi/drivers_autoprobe", _autoprobe),
     )
 

@@ -408,3 +408,26 @@ async def test_a_host_that_would_use_the_units_is_refused(lab: Lab) -> None:
             pass
     async with lab.fabric(guard=False).login(ME):
         pass
+
+
+async def test_another_disk_in_the_place_is_another_disk(lab: Lab, port: NpivPort) -> None:
+    """Commands that were meant for the one do not reach the other."""
+    old = next(unit for unit in port.units_of(ARRAY) if unit == UNIT)
+    async with path_to(port, old) as (_, changes):
+        await take_routed(changes)
+        lab.array.units[0] = FakeUnit(bytearray(4096), b"another")
+        lab.kernel.attention(lab.array, "INQUIRY_DATA_HAS_CHANGED", 0)
+        while not (await take(changes)).route.gone:
+            pass
+    assert await port.execute(old, TUR) == ScsiResult(Outcome.NO_TARGET)
+    new = next(unit for unit in port.units_of(ARRAY) if unit == UNIT)
+    assert b"another" in new.disk
+    assert await port.execute(new, TUR) == ScsiResult(Outcome.COMPLETE)
+
+
+async def test_a_node_that_cannot_be_opened_yet_is_tried_again(lab: Lab, port: NpivPort) -> None:
+    lab.kernel.locked = True
+    async with path_to(port, UNIT) as (_, changes):
+        assert (await take(changes)).route.medium is None
+        lab.kernel.locked = False
+        await take_routed(changes)

@@ -21,6 +21,7 @@ from vhostfc.ports.kernel import open_units
 from vhostfc.ports.sysfs import Lun, Sysfs
 
 _MAX_LINE = 1 << 16
+_UDEV_LOOKS, _UDEV_PAUSE = 20, 0.1
 
 
 class HelpedKernel:
@@ -41,6 +42,12 @@ class HelpedKernel:
         return int(answer.get("count", 0))
 
     async def open_units(self, lun: Lun, count: int) -> tuple[list[int], int]:
+        """A node that has just come is root's until udev has looked at it: wait a little."""
+        for _ in range(_UDEV_LOOKS):
+            try:
+                return await trio.to_thread.run_sync(open_units, self._dev, lun, count)
+            except (PermissionError, FileNotFoundError):
+                await trio.sleep(_UDEV_PAUSE)
         return await trio.to_thread.run_sync(open_units, self._dev, lun, count)
 
     async def reset(self, lun: Lun, level: int) -> None:

@@ -53,7 +53,7 @@ _BELOW: tuple[tuple[str, str], ...] = (
     (r"class/fc_remote_ports/rport-[\d:-]+/dev_loss_tmo", r"\d{1,6}"),
     (r"class/fc_remote_ports/rport-[\d:-]+/fast_io_fail_tmo", r"\d{1,4}|off"),
     (r"class/scsi_host/host\d+/scan", r"[-0] (-|\d{1,5}) (-|\d{1,10})"),
-    (r"class/scsi_device/\d+:\d+:\d+:\d+/device/delete", r"1"),
+    (r"class/scsi_device/\d+:\d+:\d+:\d+/device/(delete|rescan)", r"1"),
 )
 
 

@@ -76,6 +76,7 @@ _ATTENTIONS = {
     "INQUIRY_DATA_HAS_CHANGED": (0x3F, 0x03),
     "THIN_PROVISIONING_SOFT_THRESHOLD_REACHED": (0x38, 0x07),
 }
+_INQUIRY_CHANGED = "INQUIRY_DATA_HAS_CHANGED"
 _LUNS_CHANGED = "REPORTED_LUNS_DATA_HAS_CHANGED"
 _HCTL = re.compile(r"/(\d+:\d+:\d+:\d+)(?:/|$)")
 
@@ -178,6 +179,9 @@ def _one_of_us(state: FilePath, identity: PortIdentity) -> Iterator[None]:
         fd = os.open(state / f"vport-{identity.wwpn.pack().hex()}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as error:
         raise LoginRefused(f"{error.filename}: {error.strerror}") from error
+    if os.geteuid() == 0:  # `vhostfc login`: the adapter itself has another user
+        owner = os.stat(state)
+        os.fchown(fd, owner.st_uid, owner.st_gid)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -372,9 +376,9 @@ class NpivPort:
         unit = next((unit for unit, lun in self._luns.items() if where and lun.hctl == where[1]), None)
         if unit is None:
             return
-        if what == _LUNS_CHANGED:
+        if what in {_LUNS_CHANGED, _INQUIRY_CHANGED}:
             self._survey.look_again()
-        elif what in _ATTENTIONS:
+        if what in _ATTENTIONS:
             self._emit(PortEvent(PortEventKind.PARAMETERS, unit, *_ATTENTIONS[what]))
 
     def _emit(self, event: PortEvent) -> None:
@@ -395,6 +399,8 @@ class NpivPort:
                 self._emit(PortEvent(PortEventKind.TOPOLOGY))
                 self._changed.set()
                 self._changed = trio.Event()
+            elif self._paths.wanting:
+                await self._paths.look_again()
             await self._set_timers()
 
     def _read(self) -> Topology:

@@ -160,6 +160,8 @@ class Commands:
             return ScsiResult(Outcome.NO_TARGET)
         target = self._addressed(unit, cdb)
         if target is None:
+            if any(other == unit and not unit.is_disk(other.disk) for other in self._view.units_of(unit.wwpn)):
+                return ScsiResult(Outcome.NO_TARGET)  # another disk stands there now
             return _nobody(cdb, data_in)
         try:
             place = await self._place(target)

@@ -43,9 +43,10 @@ def transfer_limit(queue_limit: int, segments: int) -> int:
 
 
 class NpivPath(RoutedPath):
-    """A Path of the seam.  lun: what its open route leads to, None while that is closed."""
+    """A Path of the seam.  lun: what its open route leads to, None while that is closed.  said: it cannot be opened."""
 
     lun: Lun | None = None
+    said: bool = False
     medium: sg.SgMedium | None = None
 
 
@@ -94,7 +95,7 @@ class Paths:
         except BaseException:
             await path.aclose()
             raise
-        if path.lun is None or path.ended:
+        if path.ended or (path.lun is None and not path.said):
             await path.aclose()
             return None
         return path
@@ -128,12 +129,25 @@ class Paths:
                 elif lun is not None and before is not None and lun.queue_depth != before.queue_depth:
                     await self._new_depth(path, lun)
 
+    @property
+    def wanting(self) -> bool:
+        """There are paths that could not be opened: try again."""
+        return any(path.said and not path.ended for path in self._paths)
+
     async def _open_route(self, path: NpivPath, lun: Lun) -> None:
-        route = await self._route(path, lun)
+        try:
+            route = await self._route(path, lun)
+        except OSError as error:
+            if not path.said:
+                self._log.error("cannot open a unit", unit=str(path.unit), reason=f"{error.filename}: {error.strerror}")
+                path.said = True
+                path.push(Route(), InFlight.FINISH, _nothing)  # its commands come here meanwhile
+            return
         if path.ended or path not in self._paths:
             if route.medium is not None:
                 route.medium.close()
             return
+        path.said = False
         path.lun = lun
         path.push(route, InFlight.FINISH, _nothing)
 
@@ -153,11 +167,7 @@ class Paths:
         if not depth:
             return Route()
         share = min(MOST_FILES, math.ceil(depth / sg.QUEUE / self._workers))
-        try:
-            fds, limit = await self._kernel.open_units(lun, share * self._workers)
-        except OSError as error:
-            self._log.error("cannot open a unit", unit=str(path.unit), reason=f"{error.filename}: {error.strerror}")
-            return Route()
+        fds, limit = await self._kernel.open_units(lun, share * self._workers)
         try:
             path.medium = sg.SgMedium(
                 fds,

@@ -72,7 +72,9 @@ class Survey:
         while True:
             with trio.move_on_after(self._interval):
                 await self._wanted.wait()
-            self._wanted = trio.Event()
+            if self._wanted.is_set():
+                self._wanted = trio.Event()
+                await self._refresh()
             await self.ask_all()
             await trio.sleep(PAUSE)
 
@@ -85,6 +87,15 @@ class Survey:
                     changed |= await self._ask(rport)
         if changed:
             await self._view.reconcile()
+
+    async def _refresh(self) -> None:
+        """Something has changed: have the kernel ask the units anew who they are.  A place may have another disk."""
+        for rport in self._view.rports():
+            for unit in self._view.units_of(rport.wwpn):
+                lun = self._view.lun_of(unit)
+                if lun is not None and self._view.state_of(rport.wwpn) is RemotePortState.ONLINE:
+                    await self._write(self._kernel.sysfs.of_class("scsi_device") / lun.hctl / "device/rescan", "1")
+        await self._view.reconcile()
 
     async def scan_all(self) -> None:
         """The kernel scans every target, whatever we know; then as ask_all()."""
