@@ -19,6 +19,7 @@ import trio
 
 from tests.lab.san import San, UnitSpec
 from vhostfc.daemon.notify import LISTEN_FDS_START
+from vhostfc.daemon.setup import FILES
 from vhostfc.frontend.driver import ScsiDriver
 from vhostfc.frontend.probe import probe
 
@@ -53,6 +54,19 @@ def test_systemd_finds_nothing_wrong(installed: Path) -> None:
     units = [installed / "etc/systemd/system" / name for name in UNITS]
     done = analyze("verify", "--man=no", *units)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_an_hba_adds_one_right_and_one_kind_of_node(installed: Path) -> None:
+    """What `vhostfc setup` adds to the adapters' unit."""
+    name = "etc/systemd/system/vhostfc@.service.d/50-hba.conf"
+    path = installed / name
+    path.parent.mkdir()
+    path.write_text(FILES[name])
+    unit_path = installed / "etc/systemd/system/vhostfc@.service"
+    done = analyze("verify", "--man=no", unit_path)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    done = analyze("security", "--offline=true", "--threshold=12", "--no-pager", unit_path)
+    assert done.returncode == 0, done.stdout
 
 
 def test_what_verify_would_say(installed: Path) -> None:

@@ -263,11 +263,12 @@ def _serve(options: argparse.Namespace) -> int:
 
     lean.postpone()
     from vhostfc import log
-    from vhostfc.daemon import hba
+    from vhostfc.daemon import fabrics, hba
     from vhostfc.daemon.fdsocket import adopt, listen
     from vhostfc.daemon.notify import passed_fds
 
     config = _adapter_config(options)
+    fabrics.load(config)
     logger = log.configure(options.log_level).bind(adapter=config.name)
 
     async def serve() -> None:

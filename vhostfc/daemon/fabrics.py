@@ -12,6 +12,15 @@ from vhostfc.ports.base import Fabric
 from vhostfc.ports.kernel import Kernel
 
 
+def load(config: AdapterConfig) -> None:
+    """Import what this adapter will need, and nothing of the other kind: while it starts, not when its guest does."""
+    if config.hba is not None:
+        import vhostfc.daemon.helped  # noqa: PLC0415
+        import vhostfc.ports.npiv  # noqa: F401, PLC0415
+    else:
+        import vhostfc.ports.emulated  # noqa: F401, PLC0415
+
+
 def fabric_of(config: AdapterConfig, *, log: structlog.typing.FilteringBoundLogger) -> Fabric:
     """The adapter's way into its fabric.  Raises ConfigError where neither is named."""
     if config.hba is not None:
