@@ -25,7 +25,8 @@
 #include "sg.h"
 #include "worker.h"
 
-#define SMALL 65536		/* a buffer that its slot keeps */
+#define SMALL 65536		/* a buffer that is kept for the next */
+#define KEEP 64
 #define LIMIT (64u << 20)	/* bytes of a worker's buffers in use */
 #define TICK_NS 1000000000l	/* between looks at what is late */
 #define HASTE_NS 5000000l	/* the same while a device is on its way out */
@@ -69,8 +70,14 @@ struct lane {
 	struct stream streams[];
 };
 
+struct spare {
+	struct spare *next;
+};
+
 struct sg {
 	struct vfc_path_engine base;
+	struct spare *spares;	/* of SMALL bytes */
+	uint32_t kept;
 	int epoll_fd, timer_fd;
 	bool ticking, hasty;
 	uint32_t under_way;
@@ -154,31 +161,45 @@ static struct vfc_cmd *conclude(struct slot *slot, const struct sg_io_hdr *heade
 
 /* ---------------------------------------------------------------- slots */
 
-static bool make_room(struct slot *slot, size_t length)
+static bool take_buffer(struct sg *sg, struct slot *slot, size_t length)
 {
-	if (length <= slot->room)
-		return true;
-	free(slot->buffer);
-	slot->room = length <= SMALL ? SMALL : length;
-	slot->buffer = malloc(slot->room);
-	if (!slot->buffer) {
-		slot->room = 0;
-		return false;
+	if (length <= SMALL && sg->spares) {
+		slot->buffer = (uint8_t *)sg->spares;
+		slot->room = SMALL;
+		sg->spares = sg->spares->next;
+		sg->kept--;
+	} else {
+		slot->room = length <= SMALL ? SMALL : length;
+		slot->buffer = malloc(slot->room);
+		if (!slot->buffer)
+			return false;
 	}
+	sg->bytes += slot->room;
 	return true;
+}
+
+static void give_buffer(struct sg *sg, struct slot *slot)
+{
+	struct spare *spare = (struct spare *)(void *)slot->buffer;
+
+	if (!spare)
+		return;
+	sg->bytes -= slot->room;
+	slot->buffer = NULL;
+	if (slot->room != SMALL || sg->kept == KEEP) {
+		free(spare);
+		return;
+	}
+	spare->next = sg->spares;
+	sg->spares = spare;
+	sg->kept++;
 }
 
 static void release(struct sg *sg, struct slot *slot)
 {
 	struct stream *stream = slot->stream;
 
-	if (slot->in)
-		sg->bytes -= slot->room;
-	if (slot->room > SMALL) {
-		free(slot->buffer);
-		slot->buffer = NULL;
-		slot->room = 0;
-	}
+	give_buffer(sg, slot);
 	if (slot->stale)
 		atomic_fetch_sub(&stream->lane->unit->stale, 1);
 	slot->stale = slot->under_way = false;
@@ -289,7 +310,7 @@ static enum vfc_submit submit(struct vfc_path_engine *engine, struct vfc_cmd *cm
 		return VFC_BUSY;
 	slot = stream->free;
 	slot->in = cmd->op == VFC_OP_READ;
-	if (slot->in && !make_room(slot, cmd->length)) {
+	if (slot->in && !take_buffer(sg, slot, cmd->length)) {
 		sg_credit_give(unit);
 		return answer(cmd, &no_memory);
 	}
@@ -316,11 +337,7 @@ static enum vfc_submit submit(struct vfc_path_engine *engine, struct vfc_cmd *cm
 	written = write(stream->fd, &header, sizeof(header));
 	if (written != sizeof(header)) {
 		error = written < 0 ? errno : EIO;
-		if (slot->room > SMALL) {
-			free(slot->buffer);
-			slot->buffer = NULL;
-			slot->room = 0;
-		}
+		give_buffer(sg, slot);
 		sg_credit_give(unit);
 		return refused(cmd, error);
 	}
@@ -328,8 +345,6 @@ static enum vfc_submit submit(struct vfc_path_engine *engine, struct vfc_cmd *cm
 	slot->cmd = cmd;
 	slot->under_way = true;
 	slot->deadline = worker_now() + unit->timeouts[slot->cdb[0]] * NS_PER_S + unit->grace_ms * NS_PER_MS;
-	if (slot->in)
-		sg->bytes += slot->room;
 	stream->under_way++;
 	sg->under_way++;
 	cmd->priv = slot;
@@ -430,7 +445,7 @@ static unsigned tick(struct sg *sg, struct vfc_cmd **done, unsigned count, unsig
 				count = drain(sg, stream, false, done, count, max);
 			haste |= stream->hung && stream->under_way;
 		}
-	sg->ticking = false;
+	sg->ticking = sg->hasty = false;
 	if (haste || count == max)
 		tick_after(sg, HASTE_NS);
 	else if (sg->under_way)
@@ -501,11 +516,9 @@ static void close_lane(struct sg *sg, struct lane *lane)
 
 		if (!stream->hung)
 			epoll_ctl(sg->epoll_fd, EPOLL_CTL_DEL, stream->fd, NULL);
-		for (unsigned n = 0; n < VFC_SG_QUEUE; n++) {
+		for (unsigned n = 0; n < VFC_SG_QUEUE; n++)
 			if (stream->slots[n].under_way)
 				release(sg, &stream->slots[n]);
-			free(stream->slots[n].buffer);
-		}
 	}
 	free(lane);
 }
@@ -605,6 +618,12 @@ void path_sg_free(struct vfc_path_engine *engine)
 {
 	struct sg *sg = sg_of(engine);
 
+	while (sg->spares) {
+		struct spare *spare = sg->spares;
+
+		sg->spares = spare->next;
+		free(spare);
+	}
 	if (sg->timer_fd >= 0)
 		close(sg->timer_fd);
 	if (sg->epoll_fd >= 0)

@@ -16,7 +16,7 @@ def load(config: AdapterConfig) -> None:
     """Import what this adapter will need, and nothing of the other kind: while it starts, not when its guest does."""
     if config.hba is not None:
         import vhostfc.daemon.helped  # noqa: PLC0415
-        import vhostfc.ports.npiv  # noqa: F401, PLC0415
+        import vhostfc.ports.npiv  # noqa: PLC0415
     else:
         import vhostfc.ports.emulated  # noqa: F401, PLC0415
 
