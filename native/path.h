@@ -46,6 +46,18 @@ struct vfc_path {
 	uint32_t nexus, epoch;
 	struct vfc_readers *readers;	/* by word, made when the first is needed */
 	uint32_t busy;		/* operations that may still touch the medium, abandoned ones included; the engine counts */
+	void *own;		/* the engine's, from open() to close() */
+};
+
+/* How a device ended a command that went to it as it was. */
+struct vfc_result {
+	uint8_t response;	/* virtio-scsi */
+	uint8_t status;		/* SAM */
+	uint8_t sense_length;
+	bool refused;		/* it has not begun: nothing was moved */
+	uint32_t residual;
+	uint32_t moved;		/* bytes of data-in */
+	const uint8_t *sense;
 };
 
 /* What a path sees of a command; embedded in the ring's pool entry. */
@@ -64,10 +76,16 @@ struct vfc_cmd {
 	uint32_t holder;	/* VFC_BUSY: who has the latch; 0: a limit was met */
 	uint64_t done;		/* bytes that a parked command has moved already; 0 on its first submit */
 	void *priv;		/* the path's own */
+	const struct vfc_result *result;	/* once finished; NULL: ->error tells all.  Good until the next submit() */
 };
 
 struct vfc_path_ops {
 	const char *name;
+	/* what is abandoned may still run: who only wants a command ended waits for it, who has to leave does not */
+	bool runs_on;
+	/* a path begins and ends, with nothing under way; NULL: nothing to be done.  0 or -errno */
+	int (*open)(struct vfc_path_engine *engine, struct vfc_path *path, uint32_t worker);
+	void (*close)(struct vfc_path_engine *engine, struct vfc_path *path);
 	/* VFC_DONE, VFC_QUEUED or VFC_BUSY */
 	enum vfc_submit (*submit)(struct vfc_path_engine *engine, struct vfc_cmd *cmd);
 	/* hand what submit() gathered to the kernel; once a batch */

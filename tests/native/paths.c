@@ -234,7 +234,8 @@ static bool fake_idle(struct vfc_path_engine *engine)
 static void begin_fake(void)
 {
 	static const struct vfc_path_ops ops = {
-		"fake", fake_submit, fake_flush, fake_reap, fake_cancel, fake_abandon, fake_wait_fd, fake_idle,
+		.name = "fake", .submit = fake_submit, .flush = fake_flush, .reap = fake_reap, .cancel = fake_cancel,
+		.abandon = fake_abandon, .wait_fd = fake_wait_fd, .idle = fake_idle,
 	};
 
 	CHECK_EQUAL(pipe(fake.pipes), 0);
