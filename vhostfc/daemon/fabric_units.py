@@ -27,6 +27,7 @@ from vhostfc.daemon.fencing import Fence, Numbers
 from vhostfc.daemon.media import Medium
 from vhostfc.daemon.notify import Notifier, PassedFd
 from vhostfc.errors import VhostfcError
+from vhostfc.fabric.faults import UnitFaults
 from vhostfc.fabric.link import InFlight, MediumKind
 from vhostfc.fc.wwn import OUI_QEMU, Wwn
 from vhostfc.scsi.inquiry import Identity
@@ -101,6 +102,7 @@ class Served:
     ready: nobody of an earlier life has the medium open, so it can be given out.  ordered: ORDERED tasks
     that want to be alone.  epoch: grows with every command that may have changed who may do what.
     keep: makes reservations outlive us, False if that cannot be.  turn: for commands that go one by one.
+    faults: what commands meet here; nobody does I/O past us while there are some.
     """
 
     def __init__(
@@ -116,6 +118,7 @@ class Served:
         self.unit = unit
         self.fence = fence
         self.keep = keep
+        self.faults = UnitFaults()
         self.turn = trio.Lock()
         self.ready = False
         self.claiming = trio.CancelScope()
@@ -211,9 +214,11 @@ class Maker:
         kept: KeptReservations,
         timeout: float,
         nursery: trio.Nursery,
+        publish: Callable[[str, dict[str, object]], None],
         log: structlog.typing.FilteringBoundLogger,
     ) -> None:
         self.timeout = timeout
+        self._publish = publish
         self._fabric = fabric
         self._inventory = inventory
         self._store = store
@@ -240,6 +245,7 @@ class Maker:
             timeout=self.timeout,
             numbers=self._numbers,
             nursery=self._nursery,
+            publish=self._publish,
             log=self._log,
         )
         return Served(unit_key, medium, unit, fence, partial(self._kept.save, naa))
