@@ -39,10 +39,10 @@ def fault(san: San, *words: object) -> dict[str, Any]:
     return found
 
 
-def bench(san: San, *words: str, status: int = 0) -> dict[str, Any]:
+def bench(san: San, *words: str, status: int = 0, number: int = 1) -> dict[str, Any]:
     out = subprocess.run(
         [
-            *(sys.executable, "-m", "vhostfc", "bench", str(san.socket(1)), "--unit", "0:0", "--json"),
+            *(sys.executable, "-m", "vhostfc", "bench", str(san.socket(number)), "--unit", "0:0", "--json"),
             *("--seconds", "0.4", "--runs", "1", "--warmup", "0", *words),
         ],
         capture_output=True,
@@ -77,6 +77,16 @@ def test_data_are_right_where_commands_are_late_and_answers_come_twice(san: San)
     assert bench(san, "--rw", "randwrite", "--verify", "--iodepth", "4")["errors"] == 0
     assert {one["state"] for one in fault(san, "list")["faults"]} == {"active"}
     fault(san, "clear")
+
+
+def test_everything_goes_as_frames_where_the_fast_path_is_off(san: San) -> None:
+    """The reference: the same data, the same answers, and no medium in the adapter's hands."""
+    san.start_adapter(2, fabric="fast_path = false")
+    for words in (["randrw", "--bs", "4k"], ["write", "--bs", "256k"], ["randwrite", "--bs", "512"]):
+        assert bench(san, "--verify", "--iodepth", "8", "--rw", *words, number=2)["errors"] == 0
+    opened = san.fabric_status()["targets"][0]["units"][0]["open"]
+    assert [one["adapter"] for one in opened if one["fast"]] in ([], ["vm1"])
+    assert "vm2" not in {one["adapter"] for one in opened}
 
 
 def test_a_script_is_played_and_its_events_are_heard(san: San, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ Whoever may open the socket may steer the daemon: it is made with mode 0600.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
@@ -95,17 +96,23 @@ async def _serve_client(sock: trio.socket.SocketType, handlers: Mapping[str, Han
 
 
 async def _stream(connection: trio.SocketStream, stream: Stream) -> None:
-    async def send(value: Json) -> None:
-        await connection.send_all(json.dumps(value).encode() + b"\n")
-
-    async def hung_up(scope: trio.CancelScope) -> None:
-        while await connection.receive_some(4096):
-            pass
-        scope.cancel()
-
-    await send({"ok": True})
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(hung_up, nursery.cancel_scope)
+
+        async def send(value: Json) -> None:
+            try:
+                await connection.send_all(json.dumps(value).encode() + b"\n")
+            except trio.BrokenResourceError:  # it has hung up in the middle of what we had for it
+                nursery.cancel_scope.cancel()
+                await trio.lowlevel.checkpoint()
+
+        async def hung_up() -> None:
+            with contextlib.suppress(trio.BrokenResourceError):
+                while await connection.receive_some(4096):
+                    pass
+            nursery.cancel_scope.cancel()
+
+        await send({"ok": True})
+        nursery.start_soon(hung_up)
         await stream.run(send)
         nursery.cancel_scope.cancel()
 
