@@ -475,6 +475,22 @@ def test_the_scanner_sees_what_tomllib_sees(tmp_path_factory: pytest.TempPathFac
 
 # ---------------------------------------------------------------- the documentation
 
+#: One of each kind of fault.
+FAULTS = "".join(
+    f"[[fault]]\nwhat = '{what}'\n{keys}\n"
+    for what, keys in {
+        **dict.fromkeys(("lose", "duplicate", "corrupt", "silence", "busy", "full", "offline", "medium-error"), ""),
+        **dict.fromkeys(("delay", "latency"), "seconds = 1\nto = 2"),
+        **dict.fromkeys(("link-down", "logout", "clear-virtual-link"), "holder = 'vm1'"),
+        "reject": "els = 'FDISC'",
+        "target-gone": "target = 'array-a'",
+        "zone": "zone = 'z'\nmembers = []",
+        **dict.fromkeys(("mask", "unmap"), "target = 'array-a'\nlun = 0"),
+        "map": "target = 'array-a'\nlun = 9\nshare = 'array-a:0'",
+        "access": "group = 1\naccess = 'standby'",
+    }.items()
+)
+
 
 def known_keys(monkeypatch: pytest.MonkeyPatch, directory: Path) -> dict[str, set[str]]:
     """What the loaders ask for, table by table, as seen while they read a full file of each kind."""
@@ -490,7 +506,7 @@ def known_keys(monkeypatch: pytest.MonkeyPatch, directory: Path) -> dict[str, se
     monkeypatch.setattr(Table, "finish", spy)
     load_adapter(write(directory, ADAPTER, "adapter.toml"))
     zone = "[[target.unit]]\nlun = 0\nsize = 512\n[[zone]]\nname = 'z'\nmembers = []\n"
-    load_fabric(write(directory, FABRIC + zone + "[[fcoe]]\nsocket = 'f'\n", "fabric.toml"))
+    load_fabric(write(directory, FABRIC + zone + "[[fcoe]]\nsocket = 'f'\n" + FAULTS, "fabric.toml"))
     return asked
 
 
@@ -500,7 +516,8 @@ def test_every_key_is_documented_in_its_table(monkeypatch: pytest.MonkeyPatch, t
     asked = known_keys(monkeypatch, tmp_path)
     assert set(asked) == {
         *("adapter", "adapter.port", "adapter.fabric", "adapter.vhost"),
-        *("fabric", "fabric.fabric", "fabric.target", "fabric.target.unit", "fabric.zone", "fabric.fcoe"),
+        *("fabric", "fabric.fabric", "fabric.target", "fabric.target.unit", "fabric.zone"),
+        *("fabric.fcoe", "fabric.fault"),
     }
     for table, keys in asked.items():
         kind, _, name = table.partition(".")
@@ -510,16 +527,17 @@ def test_every_key_is_documented_in_its_table(monkeypatch: pytest.MonkeyPatch, t
                 assert re.search(rf"^### `\[*{key}\]*`", half, re.M), f"{table}: {key}"
             continue
         (section,) = re.findall(rf"^### `\[+{re.escape(name)}\]+`[^\n]*\n(.*?)(?=^### |\Z)", half, re.M | re.S)
-        documented = set(re.findall(r"^\| `(\w+)` \|", section, re.M))
+        rows = re.findall(r"^\| (`\w+`(?:, `\w+`)*) \|", section, re.M)
+        documented = {key for row in rows for key in re.findall(r"\w+", row)}
         assert documented == keys - {"unit"}, table
 
 
 def test_the_documented_examples_are_right(tmp_path: Path) -> None:
     text = (Path(__file__).parent.parent / "docs/configuration.md").read_text()
-    adapter, state, fabric, paths, units, fcoe = re.findall(r"^```toml\n(.*?)^```", text, re.M | re.S)
+    adapter, state, fabric, paths, units, fcoe, fault = re.findall(r"^```toml\n(.*?)^```", text, re.M | re.S)
     assert load_adapter(write(tmp_path, state + adapter)).state == Path("/var/lib/vhostfc/vm1")
     head, _, zone = fabric.partition("[[zone]]")
-    config = load_fabric(write(tmp_path, f"{head}{units}{paths}[[zone]]{zone}{fcoe}"))
+    config = load_fabric(write(tmp_path, f"{head}{units}{paths}[[zone]]{zone}{fcoe}{fault}"))
     assert [unit.lun for unit in config.targets[0].units] == [0, 1, 2, 3]
     assert [one.where for one in config.fcoe] == ["/run/vhostfc/fcoe.sock"]
     assert [unit.home for unit in config.targets[1].units] == [(config.targets[0].wwpn, 0)]

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from vhostfc import __version__
+from vhostfc.cli_fabric import add_capture_size, add_commands, capture_size
 from vhostfc.errors import ConfigError, VhostfcError
 
 if TYPE_CHECKING:
@@ -123,6 +124,10 @@ def _parser() -> argparse.ArgumentParser:
     fabric.add_argument(
         "--config", type=Path, metavar="FILE", required=True, help="the fabric's file (docs/configuration.md)"
     )
+    fabric.add_argument(
+        "--capture", type=Path, metavar="FILE", help="write all frames to this pcapng file, from the beginning"
+    )
+    add_capture_size(fabric)
     _add_log_level(fabric)
 
     check = command("check", _check, "is this file right? errors as file:line: key: what is wrong")
@@ -186,6 +191,8 @@ def _parser() -> argparse.ArgumentParser:
     helper.add_argument("--etc", type=Path, default=Path("/etc/vhostfc"), metavar="DIRECTORY", help="adapters' files")
     helper.add_argument("--user", default="vhostfc", metavar="USER", help="who may ask, besides root")
     _add_log_level(helper)
+
+    add_commands(command, _Tools())
 
     wwn = command("wwn", _wwn_new, "make a WWPN/WWNN pair, read any spelling").add_subparsers(
         metavar="ACTION", required=True
@@ -319,13 +326,18 @@ def _fabric(options: argparse.Namespace) -> int:
     from vhostfc import lean
 
     lean.postpone()
-    from vhostfc import config, log
+    from vhostfc import log
     from vhostfc.daemon import fabricd
+    from vhostfc.daemon.capture import CaptureFile
+    from vhostfc.daemon.fabric_changes import load_with_kept
 
-    fabric = config.load_fabric(options.config)
+    fabric, kept = load_with_kept(options.config)
     logger = log.configure(options.log_level)
+    capture = None
+    if options.capture is not None:
+        capture = CaptureFile(options.capture, size=capture_size(options), files=options.capture_files)
     lean.settle()
-    return _daemon(lambda: fabricd.run_fabric(fabric, log=logger), logger)
+    return _daemon(lambda: fabricd.run_fabric(fabric, kept=kept, capture=capture, log=logger), logger)
 
 
 # ---------------------------------------------------------------- an HBA's side
@@ -527,6 +539,16 @@ def control_path(name: str, run: Path = RUN) -> Path:
         if path.exists() and not path.is_dir():
             return path
     raise VhostfcError(f"{name}: no such daemon is running; tried {', '.join(map(str, tried))}")
+
+
+class _Tools:
+    """What the commands of cli_fabric are lent."""
+
+    def run(self, function: Callable[[], Awaitable[T]]) -> T | None:
+        return _run(function)
+
+    def control_path(self, name: str) -> Path:
+        return control_path(name)
 
 
 def _wwn_new(options: argparse.Namespace) -> int:

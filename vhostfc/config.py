@@ -11,14 +11,19 @@ import hashlib
 import math
 import os
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vhostfc.errors import ConfigError
 from vhostfc.fc.fcoe import FC_MAP, is_unicast, parse_mac
 from vhostfc.fc.wwn import OUI_QEMU, Wwn, WwnError
+from vhostfc.overlay import Overlay, lay
 from vhostfc.tomlfile import Document, Table, spelled
+
+if TYPE_CHECKING:
+    from vhostfc.fabric.faults import Fault
 
 #: What QEMU can connect to: sockaddr_un.sun_path holds 108 bytes, one of them the final zero (unix(7)).
 SUN_PATH_MAX = 107
@@ -156,7 +161,10 @@ class FcoeConfig:
 
 @dataclass(frozen=True, slots=True)
 class FabricConfig:
-    """The software fabric.  wwn: Fabric_Name.  No zone at all: everybody sees everybody."""
+    """The software fabric.  wwn: Fabric_Name.  No zone at all: everybody sees everybody.
+
+    seed: of the dice that faults roll.  document: what it was read from.
+    """
 
     path: Path
     name: str
@@ -168,6 +176,9 @@ class FabricConfig:
     zones: tuple[ZoneConfig, ...] = ()
     fcoe: tuple[FcoeConfig, ...] = ()
     fence_timeout: float = 2.0
+    faults: tuple[Fault, ...] = ()
+    seed: int = 0
+    document: Document | None = field(default=None, compare=False, repr=False)
 
 
 def load_adapter(path: Path, *, environ: Mapping[str, str] = os.environ) -> AdapterConfig:
@@ -180,6 +191,12 @@ def load_fabric(path: Path, *, environ: Mapping[str, str] = os.environ) -> Fabri
     return _fabric(Document(path), environ)
 
 
+def overlaid(config: FabricConfig, overlay: Overlay, *, environ: Mapping[str, str] = os.environ) -> FabricConfig:
+    """What a fabric's file says with these changes.  Raises ConfigError with every problem."""
+    assert config.document is not None
+    return _fabric(config.document, environ, overlay)
+
+
 def load(path: Path, *, environ: Mapping[str, str] = os.environ) -> AdapterConfig | FabricConfig:
     """Read a file of either kind; its tables tell which.  Raises ConfigError."""
     document = Document(path)
@@ -188,7 +205,7 @@ def load(path: Path, *, environ: Mapping[str, str] = os.environ) -> AdapterConfi
     adapter = len(
         keys & {"port", "vhost", "emulated", "login", "fast_path", "hold_timeout", "command_timeout", *_PLACES}
     )
-    array = len(keys & {"target", "zone", "fcoe", "socket", "wwn", "fence_timeout"})
+    array = len(keys & {"target", "zone", "fcoe", "socket", "wwn", "fence_timeout", "fault", "seed"})
     if not adapter and not array:
         raise ConfigError(f"{path}:1: neither an adapter's file (with [[port]]) nor a fabric's (with [[target]])")
     return _adapter(document, environ) if adapter >= array else _fabric(document, environ)
@@ -316,7 +333,11 @@ def _cpus(vhost: Table, workers: int) -> tuple[int, ...]:
     return cpus
 
 
-def _fabric(document: Document, environ: Mapping[str, str]) -> FabricConfig:
+def _fabric(original: Document, environ: Mapping[str, str], overlay: Overlay | None = None) -> FabricConfig:
+    document, gone_zones, gone_units = original, set[str](), set[tuple[str, int]]()
+    if overlay is not None:
+        document = original.copy()
+        gone_zones, gone_units = lay(overlay, document.values)
     root, name = document.root, document.path.stem
     path = _path_in(document.path)
     state = root.get("state", path, state_directory(name, environ))
@@ -329,10 +350,13 @@ def _fabric(document: Document, environ: Mapping[str, str]) -> FabricConfig:
         control=_control(fabric, socket),
         wwn=fabric.get("wwn", wwn, derived_wwn(name)),
         fence_timeout=fabric.get("fence_timeout", seconds(0.1, 60), 2.0),
-        targets=_shared(document, tuple(_target(table) for table in root.tables("target"))),
-        zones=tuple(_zone(table) for table in root.tables("zone")),
+        targets=(targets := _shared(document, tuple(_target(table, gone_units) for table in root.tables("target")))),
+        zones=tuple(zone for zone in map(_zone, root.tables("zone")) if zone.name not in gone_zones),
+        faults=_faults(root, targets),
+        seed=fabric.get("seed", integer(0, (1 << 63) - 1), 0),
         fcoe=tuple(_fcoe(table, name) for table in root.tables("fcoe")),
         state=state,
+        document=original,
     )
     fabric.finish()
     root.finish()
@@ -344,7 +368,16 @@ def _fabric(document: Document, environ: Mapping[str, str]) -> FabricConfig:
     return config
 
 
-def _target(table: Table) -> TargetConfig:
+def _faults(root: Table, targets: tuple[TargetConfig, ...]) -> tuple[Fault, ...]:
+    if not any(True for _ in root.tables("fault")):
+        return ()
+    # Adapters read files too, and have no use for all that faults know of.
+    from vhostfc import faultfile  # noqa: PLC0415
+
+    return faultfile.read(root, {target.name: target.wwpn for target in targets})
+
+
+def _target(table: Table, gone: Collection[tuple[str, int]] = ()) -> TargetConfig:
     config = TargetConfig(
         name=table.need("name", text, "", 'name = "array-a"'),
         wwpn=table.need("wwpn", wwn, Wwn(0), 'wwpn = "50:06:01:60:00:00:00:01"'),
@@ -362,7 +395,7 @@ def _target(table: Table) -> TargetConfig:
             table.document.problem(where, f"{unit.lun} is already the LUN of the unit in line {seen[unit.lun]}")
         elif unit.lun >= 0:
             seen[unit.lun] = unit.line
-    return config
+    return replace(config, units=tuple(unit for unit in config.units if (config.name, unit.lun) not in gone))
 
 
 def _unit(table: Table) -> UnitConfig:

@@ -42,3 +42,77 @@ def _word(value: Any, key: str) -> str:
             return f"{value:.6g}" if abs(value) < 1e6 else f"{value:.0f}"
         case _:
             return str(value)
+
+
+#: A line, and what is below it.
+Branch = tuple[str, list[Any]]
+
+
+def topology_tree(topology: dict[str, Any]) -> list[str]:
+    """What `vhostfc topology` shows: a fabric as a tree."""
+    f_ports: list[Branch] = [
+        (
+            f"F_Port {one['f_port']}: {one['holder']} ({one['kind']}{_process(one['pid'])}), link {one['link']}",
+            [
+                (f"{n['port_id']} {n['wwpn']}{_named(n['symbolic_name'])} since {_word(n['since'], 'since')}", [])
+                for n in one["n_ports"]
+            ],
+        )
+        for one in topology["f_ports"]
+    ]
+    targets: list[Branch] = [
+        (
+            f"{one['port_id']} {one['wwpn']} {one['name']}, group {one['group']} {one['access']}"
+            + ("" if one["online"] else ", off the fabric"),
+            [
+                *(
+                    (
+                        f"login {login['wwpn']}{_named(login['holder'])} since {_word(login['since'], 'since')}"
+                        + ("" if login["image"] else ", no image pair"),
+                        [],
+                    )
+                    for login in one["logins"]
+                ),
+                *(
+                    (
+                        f"LUN {unit['lun']}: {unit['name']}, {unit['bytes']} bytes, naa.{unit['naa']}, "
+                        + ("everybody" if unit["allow"] is None else f"for {_word(unit['allow'], '')}")
+                        + ("" if unit["ready"] else ", not ready")
+                        + (", with a fault" if unit["faulty"] else ""),
+                        [],
+                    )
+                    for unit in one["units"]
+                ),
+            ],
+        )
+        for one in topology["targets"]
+    ]
+    zones: list[Branch] = [
+        (
+            f"zone {one['name']}",
+            [(f"{m['wwpn']}{_named(m['who'])}" + ("" if m["here"] else ", not here"), []) for m in one["members"]],
+        )
+        for one in topology["zones"]
+    ]
+    faults: list[Branch] = [
+        (f"fault {one['name']}: {one['what']}, {one['state']}, {one['hits']} hits", []) for one in topology["faults"]
+    ]
+    parts = [*f_ports, *targets, *(zones or [("no zones: everybody sees everybody", [])]), *faults]
+    return [f"{topology['fabric']}, switch {topology['switch']}", *_branches(parts)]
+
+
+def _branches(parts: list[Branch], indent: str = "") -> list[str]:
+    lines = []
+    for number, (text, below) in enumerate(parts, 1):
+        last = number == len(parts)
+        lines.append(f"{indent}{'└─ ' if last else '├─ '}{text}")
+        lines += _branches(below, indent + ("   " if last else "│  "))
+    return lines
+
+
+def _process(pid: int | None) -> str:
+    return "" if pid is None else f", process {pid}"
+
+
+def _named(name: str | None) -> str:
+    return f" {name}" if name else ""

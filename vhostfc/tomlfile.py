@@ -8,6 +8,7 @@ finds everything that is wrong; Document.raise_problems() sees to it that no sta
 
 from __future__ import annotations
 
+import copy
 import difflib
 import re
 import tomllib
@@ -154,6 +155,19 @@ class Document:
             raise ConfigError(f"{path}:{place}: not TOML: {what}" + (f" (column {column})" if column else "")) from None
         self._lines = _Scanner(text).lines
 
+    @classmethod
+    def told(cls, name: str, values: dict[str, object]) -> Document:
+        """What somebody said instead of writing it into a file, by the same rules; name: where they said it."""
+        document = cls.__new__(cls)
+        document.path, document.problems, document.values, document._lines = Path(name), [], values, {}
+        return document
+
+    def copy(self) -> Document:
+        """The same once more, without its problems; the values may be changed."""
+        document = Document.told(str(self.path), copy.deepcopy(self.values))
+        document._lines = self._lines
+        return document
+
     def line(self, where: Where) -> int:
         """The line of a key, or of the nearest thing around it."""
         while where and where not in self._lines:
@@ -163,7 +177,8 @@ class Document:
     def problem(self, where: Where, what: str) -> None:
         key = ".".join(part for part in where if isinstance(part, str))
         line = self.line(where)
-        self.problems.append((line, f"{self.path}:{line}: {key + ': ' if key else ''}{what}"))
+        place = f"{self.path}:{line}" if self._lines else self.path
+        self.problems.append((line, f"{place}: {key + ': ' if key else ''}{what}"))
 
     def raise_problems(self) -> None:
         """Raises ConfigError with every problem, in the order of the lines."""

@@ -10,7 +10,7 @@ import pytest
 import structlog
 import trio
 
-from vhostfc.daemon.control import Json, call, serve_control
+from vhostfc.daemon.control import Handler, Json, Send, Stream, call, follow, serve_control
 from vhostfc.errors import VhostfcError
 
 
@@ -22,12 +22,20 @@ async def refuse(_: Json) -> Json:
     raise VhostfcError("50:00: not today")
 
 
+async def count(_: Json) -> Stream:
+    async def run(send: Send) -> None:
+        for number in range(20_000):
+            await send({"number": number})
+
+    return Stream(run)
+
+
 @asynccontextmanager
 async def served(path: Path) -> AsyncIterator[None]:
     async with trio.open_nursery() as nursery:
 
         async def serve(task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-            handlers = {"echo": echo, "refuse": refuse}
+            handlers: dict[str, Handler] = {"echo": echo, "refuse": refuse, "count": count}
             await serve_control(path, handlers, log=structlog.get_logger(), task_status=task_status)
 
         await nursery.start(serve)
@@ -48,7 +56,7 @@ async def test_an_error_of_a_command_is_an_error_that_names_the_socket(tmp_path:
 
 async def test_an_unknown_command_lists_the_known_ones(tmp_path: Path) -> None:
     async with served(tmp_path / "ctl"):
-        with pytest.raises(VhostfcError, match="unknown command 'dance'; known: echo, refuse"):
+        with pytest.raises(VhostfcError, match="unknown command 'dance'; known: count, echo, refuse"):
             await call(tmp_path / "ctl", "dance")
 
 
@@ -77,3 +85,18 @@ async def test_the_socket_is_for_its_owner_alone(tmp_path: Path) -> None:
     async with served(tmp_path / "ctl"):
         assert (tmp_path / "ctl").stat().st_mode & 0o777 == 0o600
     assert not (tmp_path / "ctl").exists()
+
+
+async def test_a_stream_has_its_objects_in_order_and_an_end(tmp_path: Path) -> None:
+    async with served(tmp_path / "ctl"), follow(tmp_path / "ctl", "count") as numbers:
+        heard = [one["number"] async for one in numbers]
+    assert heard == list(range(20_000))
+
+
+async def test_whoever_hangs_up_in_the_middle_of_a_stream_hurts_nobody(tmp_path: Path) -> None:
+    async with served(tmp_path / "ctl"):
+        for _ in range(20):
+            async with await trio.open_unix_socket(str(tmp_path / "ctl")) as stream:
+                await stream.send_all(b'{"command": "count"}\n')
+                await stream.receive_some(100)
+        assert await call(tmp_path / "ctl", "echo", {"word": "still here"}) == {"heard": "still here"}

@@ -15,6 +15,7 @@ import trio
 
 from tests.daemon.test_fabricd import TARGET, UNIT, config, fabric
 from tests.fabric.enode import Enode
+from vhostfc.daemon.control import call
 from vhostfc.daemon.fabricd import Fabric
 from vhostfc.errors import ConfigError, VhostfcError
 from vhostfc.fc.els import Els
@@ -207,3 +208,48 @@ async def test_an_interface(tmp_path: Path, veth: tuple[str, str]) -> None:
                 with trio.move_on_after(0.3):
                     await one.pump(lambda: one.enode.fcf)
         assert await one.login(wwpn(1)) == port_id
+
+
+# ---------------------------------------------------------------- faults
+
+
+async def order(tmp_path: Path, **order: object) -> None:
+    await call(tmp_path / "f.control", "fault", order)
+
+
+async def test_a_virtual_link_is_cleared_by_a_fault_in_the_words_of_fip(tmp_path: Path) -> None:
+    async with (
+        fabric(tmp_path, with_fcoe(tmp_path)) as (san, _),
+        station(tmp_path, 1, tmp_path / "fcoe.sock") as one,
+    ):
+        await one.login(wwpn(1))
+        one.enode.login(wwpn(2), fdisc=True)
+        await one.pump(lambda: len(one.enode.ports) == 2)
+        vport = {"what": "clear-virtual-link", "wwpn": str(wwpn(2))}
+        await order(tmp_path, do="add", fault=[vport])
+        await one.pump(lambda: one.enode.cleared)
+        assert list(one.enode.ports.values()) == [wwpn(1)]
+        assert names(san) == [str(wwpn(1))]
+        (f_port,) = san.topology()["f_ports"]
+        everything = {"what": "clear-virtual-link", "holder": f_port["holder"]}
+        await order(tmp_path, do="add", fault=[everything])
+        await one.pump(lambda: len(one.enode.cleared) == 2)
+        assert not one.enode.ports
+        assert names(san) == []
+        assert await one.login(wwpn(1))
+
+
+async def test_a_cable_that_is_pulled_by_a_fault_and_plugged_in_again(tmp_path: Path) -> None:
+    async with (
+        fabric(tmp_path, with_fcoe(tmp_path)) as (san, _),
+        station(tmp_path, 1, tmp_path / "fcoe.sock") as one,
+    ):
+        await one.login(wwpn(1))
+        await order(tmp_path, do="add", fault=[{"what": "link-down", "wwpn": str(wwpn(1)), "name": "x"}])
+        await one.pump(lambda: one.enode.cleared)
+        assert names(san) == []
+        one.enode.fcf = None
+        one.enode.solicit()
+        await order(tmp_path, do="clear", names=["x"])
+        assert await one.login(wwpn(1)), "it advertises itself again"
+        assert names(san) == [str(wwpn(1))]

@@ -132,6 +132,7 @@ class San:
     zones: list[Zone] = field(default_factory=list)
     fence_timeout: float = 2.0
     extra: str = ""  # more of the fabric's file
+    fabric_options: Sequence[str] = ()
     environment: dict[str, str] = field(default_factory=dict)
     adapters: dict[int, Daemon] = field(default_factory=dict)
     fabric: Daemon | None = None
@@ -186,7 +187,9 @@ class San:
 
     def start_fabric(self, *options: str) -> Daemon:
         self.fabric = Daemon(
-            ["fabric", "--config", self.write_fabric(), *options], self.directory / "fabric.log", self.environment
+            ["fabric", "--config", self.write_fabric(), *self.fabric_options, *options],
+            self.directory / "fabric.log",
+            self.environment,
         )
         self.started.append(self.fabric)
         self.wait_for(lambda: self.answers(self.fabric_control, self.the_fabric), self.fabric)

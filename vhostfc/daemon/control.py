@@ -1,14 +1,20 @@
-"""The control socket: how `status`, `rescan` and `reload` reach a running daemon.
+"""The control socket: how orders (`status`, `reload`, `fault`, ...) reach a running daemon.
 
 One JSON object a line, both ways: {"command": NAME, ...arguments} is answered by {"ok": true, ...}
 or {"ok": false, "error": "one line for an administrator"}.  Any number of requests a connection,
-answered in order.  Whoever may open the socket may steer the daemon: it is made with mode 0600.
+answered in order.  Some orders are answered by a stream: after {"ok": true} come objects until there
+are no more, or until the one who asked hangs up; nothing else is answered on that connection.
+
+Whoever may open the socket may steer the daemon: it is made with mode 0600.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +26,18 @@ from vhostfc.errors import VhostfcError
 
 MAX_LINE = 64 * 1024
 Json = dict[str, Any]
-Handler = Callable[[Json], Awaitable[Json]]
+#: How a stream sends one object.
+Send = Callable[[Json], Awaitable[None]]
+
+
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """An answer that goes on: run() sends until there is no more, or is cancelled."""
+
+    run: Callable[[Send], Awaitable[None]]
+
+
+Handler = Callable[[Json], Awaitable["Json | Stream"]]
 
 
 class _Lines:
@@ -45,7 +62,7 @@ class _Lines:
         return line
 
 
-async def _answer(handlers: Mapping[str, Handler], line: bytes) -> Json:
+async def _answer(handlers: Mapping[str, Handler], line: bytes) -> Json | Stream:
     try:
         request = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -57,7 +74,8 @@ async def _answer(handlers: Mapping[str, Handler], line: bytes) -> Json:
         known = ", ".join(sorted(handlers))
         return {"ok": False, "error": f"unknown command {request.get('command')!r}; known: {known}"}
     try:
-        return {"ok": True, **await handler(request)}
+        answer = await handler(request)
+        return answer if isinstance(answer, Stream) else {"ok": True, **answer}
     except VhostfcError as error:
         return {"ok": False, "error": str(error)}
 
@@ -69,9 +87,34 @@ async def _serve_client(sock: trio.socket.SocketType, handlers: Mapping[str, Han
             lines = _Lines(stream, MAX_LINE)
             while (line := await lines.next()) is not None:
                 answer = await _answer(handlers, line)
+                if isinstance(answer, Stream):
+                    await _stream(stream, answer)
+                    return
                 await stream.send_all(json.dumps(answer).encode() + b"\n")
         except ValueError as error:
             await stream.send_all(json.dumps({"ok": False, "error": str(error)}).encode() + b"\n")
+
+
+async def _stream(connection: trio.SocketStream, stream: Stream) -> None:
+    async with trio.open_nursery() as nursery:
+
+        async def send(value: Json) -> None:
+            try:
+                await connection.send_all(json.dumps(value).encode() + b"\n")
+            except trio.BrokenResourceError:  # it has hung up in the middle of what we had for it
+                nursery.cancel_scope.cancel()
+                await trio.lowlevel.checkpoint()
+
+        async def hung_up() -> None:
+            with contextlib.suppress(trio.BrokenResourceError):
+                while await connection.receive_some(4096):
+                    pass
+            nursery.cancel_scope.cancel()
+
+        await send({"ok": True})
+        nursery.start_soon(hung_up)
+        await stream.run(send)
+        nursery.cancel_scope.cancel()
 
 
 async def serve_control(
@@ -119,3 +162,42 @@ async def call(path: Path, command: str, arguments: Json | None = None, *, timeo
     if not answer.pop("ok", False):
         raise VhostfcError(f"{path}: {answer.get('error', 'no reason given')}")
     return dict(answer)
+
+
+class _Objects:
+    """What comes on a stream."""
+
+    def __init__(self, path: Path, lines: _Lines) -> None:
+        self._path = path
+        self._lines = lines
+
+    def __aiter__(self) -> AsyncIterator[Json]:
+        return self
+
+    async def __anext__(self) -> Json:
+        try:
+            line = await self._lines.next()
+            if line is None:
+                raise StopAsyncIteration
+            return dict(json.loads(line))
+        except (ValueError, trio.BrokenResourceError) as error:
+            raise VhostfcError(f"{self._path}: {error}") from None
+
+
+@asynccontextmanager
+async def follow(path: Path, command: str, arguments: Json | None = None) -> AsyncIterator[AsyncIterator[Json]]:
+    """Ask for a stream; what comes is iterated over, and the end of the block hangs up.
+
+    Raises VhostfcError when nobody answers there, or when the answer is an error.
+    """
+    async with trio.SocketStream(await connect(path)) as stream:
+        lines = _Lines(stream, 1 << 30)
+        try:
+            await stream.send_all(json.dumps({"command": command, **(arguments or {})}).encode() + b"\n")
+            first = await lines.next()
+        except (ValueError, trio.BrokenResourceError) as error:
+            raise VhostfcError(f"{path}: {error}; is it a vhostfc daemon?") from None
+        answer = json.loads(first) if first is not None else {"error": "the daemon closed the connection"}
+        if not answer.get("ok"):
+            raise VhostfcError(f"{path}: {answer.get('error', 'no reason given')}")
+        yield _Objects(path, lines)

@@ -7,7 +7,7 @@ for room, so that an adapter that does not read costs no more memory than its co
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import structlog
 import trio
@@ -18,6 +18,7 @@ from vhostfc.daemon.fencing import Fence, Opening
 from vhostfc.errors import LinkLost
 from vhostfc.fabric import link
 from vhostfc.fabric.link import Hello, LinkError, Message, Note, Route
+from vhostfc.fabric.switch import NPort
 
 #: Seconds in which an adapter has to say HELLO.
 GREETING = 5.0
@@ -36,6 +37,7 @@ class Link:
     def __init__(self, socket: LinkSocket, process: Process, hello: Hello) -> None:
         self.name = hello.name
         self.pid = process.pid
+        self.kind = "link"
         self.f_port = 0
         self.openings: dict[int, tuple[Fence, Opening]] = {}
         self._socket = socket
@@ -45,6 +47,7 @@ class Link:
         self._news = trio.Event()
         self._room = trio.Event()
         self._closed = False
+        self._scope = trio.CancelScope()
         self._seqs: dict[int, int] = {}  # a Route's seq -> its handle
 
     def __repr__(self) -> str:
@@ -74,6 +77,17 @@ class Link:
             await self._room.wait()
         self.post_frame(what)
 
+    def link_down(self) -> None:
+        """The door's Attachment: the adapter finds its link broken, and tries to connect again."""
+        self._scope.cancel()
+
+    def link_up(self) -> None:
+        """The adapter comes back with another link."""
+
+    def clear_virtual_link(self, ports: Sequence[NPort]) -> bool:
+        """There is no FIP on a link."""
+        return False
+
     def kill(self) -> str | None:
         """fencing's Adapter."""
         return self._process.kill()
@@ -100,19 +114,8 @@ class Link:
     async def serve(self, handle: Callable[[Link, Message], None], log: structlog.typing.FilteringBoundLogger) -> None:
         """Until the adapter goes, dies or says what it must not.  `handle` gets what is not fencing's own."""
         try:
-            async with trio.open_nursery() as nursery:
-
-                async def part(run: Callable[[], object]) -> None:
-                    try:
-                        await run()  # type: ignore[misc]
-                    except LinkLost as error:
-                        log.warning("a link broke", adapter=self.name, pid=self.pid, reason=str(error))
-                    nursery.cancel_scope.cancel()
-
-                nursery.start_soon(part, self._write)
-                nursery.start_soon(part, lambda: self._read(handle, log))
-                if not self._process.is_us:
-                    nursery.start_soon(part, self._process.ended)
+            with self._scope:
+                await self._serve(handle, log)
         finally:
             self._closed = True
             self._room.set()
@@ -121,6 +124,21 @@ class Link:
                 close_fds(fds)
             self._routes.clear()
             self._frames.clear()
+
+    async def _serve(self, handle: Callable[[Link, Message], None], log: structlog.typing.FilteringBoundLogger) -> None:
+        async with trio.open_nursery() as nursery:
+
+            async def part(run: Callable[[], object]) -> None:
+                try:
+                    await run()  # type: ignore[misc]
+                except LinkLost as error:
+                    log.warning("a link broke", adapter=self.name, pid=self.pid, reason=str(error))
+                nursery.cancel_scope.cancel()
+
+            nursery.start_soon(part, self._write)
+            nursery.start_soon(part, lambda: self._read(handle, log))
+            if not self._process.is_us:
+                nursery.start_soon(part, self._process.ended)
 
     async def _read(self, handle: Callable[[Link, Message], None], log: structlog.typing.FilteringBoundLogger) -> None:
         while True:
@@ -172,14 +190,18 @@ async def receive(socket: LinkSocket) -> Message | None:
     return link.decode(packet) if packet else None
 
 
-async def greet(socket: LinkSocket, process: Process, fabric: str) -> Link | None:
-    """The adapter's HELLO, and ours.  None when it went away; raises LinkError, LinkLost."""
+async def greet(
+    socket: LinkSocket, process: Process, fabric: str, *, is_down: Callable[[str], bool] = lambda name: False
+) -> Link | None:
+    """The adapter's HELLO, and ours; raises LinkError, LinkLost.  None: it went away, or its link shall be down."""
     with trio.move_on_after(GREETING):
         hello = await receive(socket)
         if hello is None:
             return None
         if not isinstance(hello, Hello):
             raise LinkError(f"{hello.kind.name} before HELLO")
+        if is_down(hello.name):
+            return None
         await socket.send(link.encode(Hello(fabric)))
         if hello.version != link.VERSION:
             raise LinkError(f"version {hello.version} of the protocol; this fabric speaks {link.VERSION}")

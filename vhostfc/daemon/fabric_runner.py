@@ -258,6 +258,9 @@ class Runner:
             exchange.cmnd.attribute,
             exchange.frame.ox_id,
         )
+        fate = await self._meet(running)
+        if fate is not None:
+            return fate
         while True:
             server, running.served = self._resolve(exchange)
             if running.served is not None:
@@ -268,6 +271,15 @@ class Runner:
         if running.served is not None and task.cdb[0] in _MAY_CHANGE_RIGHTS:
             running.served.changed(epoch=True)
         return result
+
+    async def _meet(self, running: _Running) -> ScsiResult | None:
+        """What faults of the unit do to a command that is about to begin: it waits, or it ends with this."""
+        if running.served is None or not running.served.faults:
+            return None
+        fate = running.served.faults.begin(_ports(running), running.exchange.cmnd.cdb)
+        if fate.seconds:
+            await trio.sleep(fate.seconds)
+        return fate.result
 
     async def _drive(
         self, steps: Generator[Effect, object, T], served: Served | None, running: _Running | None, nexus: Nexus
@@ -312,6 +324,8 @@ class Runner:
     ) -> object:
         medium, mark = served.medium, holding.mark()
         write: Callable[[], Awaitable[None]]
+        if served.faults and running is not None:
+            _touch(effect, served, running)
         match effect:
             case Hold(lba, blocks):
                 await holding.take(lba, blocks)
@@ -467,6 +481,26 @@ class Runner:
             served.changed()
             await served.barrier()
         return response or ServiceResponse.FUNCTION_REJECTED
+
+
+def _ports(running: _Running) -> tuple[Wwn, Wwn]:
+    return running.exchange.session.wwpn, running.exchange.target.wwpn
+
+
+def _touch(effect: Effect, served: Served, running: _Running) -> None:
+    """Raises MediumError where a fault says that the medium fails."""
+    match effect:
+        case Read(lba, blocks):
+            write = False
+        case Write(lba, data):
+            write, blocks = True, len(data) // served.medium.block_size
+        case Fill(lba, blocks):
+            write = True
+        case _:
+            return
+    bad = served.faults.touch(_ports(running), running.exchange.cmnd.cdb[0], lba, blocks, write=write)
+    if bad is not None:
+        raise MediumError(bad)
 
 
 def _used(running: _Running, result: ScsiResult) -> int | None:

@@ -1,4 +1,4 @@
-"""What `vhostfc status` shows of a fabric, as JSON."""
+"""What `vhostfc status` and `vhostfc topology` show of a fabric, as JSON."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from vhostfc.config import FabricConfig, UnitConfig
+from vhostfc.daemon.fabric_door import Door
+from vhostfc.daemon.fabric_faults import Desk
 from vhostfc.daemon.fabric_units import Key, Served, key
 from vhostfc.daemon.fcoe import FcoeAttachment
 from vhostfc.daemon.fencing import Opening
@@ -60,6 +62,92 @@ def describe(
         "zones": [
             {"name": zone.name, "members": sorted(str(member) for member in zone.members)} for zone in config.zones
         ],
+    }
+
+
+def topology(
+    config: FabricConfig,
+    switch: Switch,
+    targets: Mapping[Wwn, TargetPort],
+    served: Mapping[Key, Served],
+    door: Door,
+    desk: Desk,
+) -> Json:
+    """What is plugged in where; who is logged in to whom since when; who may see what; what is wrong on purpose."""
+    names = {target.wwpn: target.name for target in config.targets}
+    names |= {login.wwpn: login.holder for login in switch.logins()}
+    return {
+        "fabric": config.name,
+        "switch": str(switch.name),
+        "f_ports": [
+            {
+                "f_port": f_port,
+                "holder": attachment.name,
+                "kind": attachment.kind,
+                "pid": attachment.pid,
+                "link": "down" if door.is_down(f_port) else "up",
+                "n_ports": [_n_port(login, switch) for login in switch.behind(f_port)],
+            }
+            for f_port, attachment in sorted(door.attachments.items())
+        ],
+        "targets": [
+            {
+                "name": target.name,
+                "wwpn": str(target.wwpn),
+                "port_id": f"{targets[target.wwpn].port_id:06x}",
+                "online": switch.target(targets[target.wwpn].port_id) is targets[target.wwpn],
+                "group": target.group,
+                "access": target.access,
+                "logins": [
+                    {
+                        "wwpn": str(session.wwpn),
+                        "holder": names.get(session.wwpn),
+                        "port_id": f"{session.port_id:06x}",
+                        "since": session.since,
+                        "image": session.image,
+                        "commands": len(session.exchanges),
+                    }
+                    for session in targets[target.wwpn].sessions.values()
+                ],
+                "units": [_short(unit, served[key(target, unit)]) for unit in target.units],
+            }
+            for target in config.targets
+        ],
+        "zones": [
+            {
+                "name": zone.name,
+                "members": [
+                    {"wwpn": str(wwpn), "who": names.get(wwpn), "here": switch.names.by_name.get(wwpn) is not None}
+                    for wwpn in sorted(zone.members)
+                ],
+            }
+            for zone in config.zones
+        ],
+        "faults": [fault for fault in desk.describe() if fault["state"] in {"active", "waiting"}],
+    }
+
+
+def _n_port(login: NPort, switch: Switch) -> Json:
+    entry = switch.names.entries[login.port_id]
+    return {
+        "port_id": f"{login.port_id:06x}",
+        "wwpn": str(login.wwpn),
+        "wwnn": str(login.wwnn),
+        "since": login.since,
+        "symbolic_name": entry.symbolic_name.decode(errors="replace"),
+        "target": entry.is_target,
+    }
+
+
+def _short(config: UnitConfig, served: Served) -> Json:
+    return {
+        "lun": config.lun,
+        "name": served.medium.name,
+        "naa": served.unit.identity.naa[0].hex(),
+        "bytes": served.unit.blocks * served.medium.block_size,
+        "allow": None if config.allow is None else sorted(str(wwpn) for wwpn in config.allow),
+        "ready": served.ready,
+        "faulty": bool(served.faults),
     }
 
 

@@ -28,6 +28,7 @@ from vhostfc.daemon.fencing import Fence, Numbers
 from vhostfc.daemon.media import Medium
 from vhostfc.daemon.notify import Notifier, PassedFd
 from vhostfc.errors import VhostfcError
+from vhostfc.fabric.faults import UnitFaults
 from vhostfc.fabric.link import InFlight, MediumKind
 from vhostfc.fc.wwn import OUI_QEMU, Wwn
 from vhostfc.scsi.inquiry import Identity
@@ -103,6 +104,7 @@ class Served:
     that want to be alone.  epoch: grows with every command that may have changed who may do what.
     keep, keep_note: make reservations and notes outlive us, False if that cannot be.  journal: for WRITE ATOMIC.
     turn: for commands that go one by one.
+    faults: what commands meet here; nobody does I/O past us while there are some.
     """
 
     def __init__(
@@ -122,6 +124,7 @@ class Served:
         self.keep = keep
         self.keep_note = keep_note
         self.journal = journal
+        self.faults = UnitFaults()
         self.turn = trio.Lock()
         self.ready = False
         self.claiming = trio.CancelScope()
@@ -251,9 +254,11 @@ class Maker:
         kept: KeptReservations,
         timeout: float,
         nursery: trio.Nursery,
+        publish: Callable[[str, dict[str, object]], None],
         log: structlog.typing.FilteringBoundLogger,
     ) -> None:
         self.timeout = timeout
+        self._publish = publish
         self._fabric = fabric
         self._inventory = inventory
         self._store = store
@@ -286,6 +291,7 @@ class Maker:
             timeout=self.timeout,
             numbers=self._numbers,
             nursery=self._nursery,
+            publish=self._publish,
             log=self._log,
         )
         keep, keep_note = partial(self._kept.save, naa), partial(self._kept.keep_note, naa)

@@ -15,21 +15,26 @@ import signal
 import socket
 import time
 from collections import deque
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 
 import structlog
 import trio
 
-from vhostfc.config import FabricConfig, TargetConfig, UnitConfig, load_fabric
+from vhostfc.config import FabricConfig, TargetConfig, UnitConfig
+from vhostfc.daemon.capture import CaptureFile, capture_to
 from vhostfc.daemon.control import serve_control
+from vhostfc.daemon.fabric_changes import keep, load_with_kept, of_fault, of_order, with_changes
 from vhostfc.daemon.fabric_config import check_attachments, check_change, check_fixed, check_places, units_of, zoning_of
 from vhostfc.daemon.fabric_door import Attachment, Door
+from vhostfc.daemon.fabric_events import Events
+from vhostfc.daemon.fabric_faults import Desk
 from vhostfc.daemon.fabric_kept import KeptReservations
 from vhostfc.daemon.fabric_link import Link, greet
 from vhostfc.daemon.fabric_locks import Process
+from vhostfc.daemon.fabric_orders import orders_for
 from vhostfc.daemon.fabric_runner import Runner
-from vhostfc.daemon.fabric_status import Json, describe
+from vhostfc.daemon.fabric_status import Json, describe, topology
 from vhostfc.daemon.fabric_units import Key, Maker, Served, Store, key
 from vhostfc.daemon.fcoe import FcoeAttachment
 from vhostfc.daemon.fdsocket import LinkSocket, listen
@@ -38,6 +43,7 @@ from vhostfc.daemon.notify import Notifier, PassedFd, passed_fds
 from vhostfc.errors import ConfigError, LinkLost, VhostfcError
 from vhostfc.fabric import link
 from vhostfc.fabric.array import Array, Place
+from vhostfc.fabric.faults import Active, Fault
 from vhostfc.fabric.link import LinkError, Message, Route
 from vhostfc.fabric.rations import Rations
 from vhostfc.fabric.switch import Output, Switch
@@ -46,6 +52,7 @@ from vhostfc.fc.els import Els
 from vhostfc.fc.frame import Address, Frame, FrameError, RCtl
 from vhostfc.fc.login import Login
 from vhostfc.fc.wwn import Wwn
+from vhostfc.overlay import Overlay, merged
 from vhostfc.scsi.alua import AccessState
 from vhostfc.scsi.inquiry import TargetPort as IdentityPort
 from vhostfc.scsi.report import lun_number
@@ -62,19 +69,27 @@ class _New:
 
 
 class Fabric:
-    """A running fabric.  serve() runs it; status() and reload() are for whoever runs it."""
+    """A running fabric.  serve() runs it; the others are for whoever runs it.
+
+    file: what the file says; config: with the changes of administrators; view: with those of faults as
+    well, which is what is in force.  Media are open for all that config knows, so that what a fault
+    takes away comes back as it was.
+    """
 
     def __init__(
         self,
         config: FabricConfig,
         *,
         log: structlog.typing.FilteringBoundLogger,
+        kept: Overlay | None = None,
         notifier: Notifier | None = None,
         passed: Sequence[PassedFd] = (),
     ) -> None:
-        self.config = config
-        self.switch = Switch(config.wwn, zoning_of(config), clock=time.time)
-        self.door = Door(self.switch, kick=self._kick)
+        self.file = config
+        self.config = self.view = with_changes(config, kept or Overlay())
+        self.events = Events()
+        self.switch = Switch(config.wwn, zoning_of(self.view), clock=time.time, notice=self._notice)
+        self.door = Door(self.switch, kick=self._kick, later=self._later, hit=self._hit)
         self.array = Array()
         self._log = log
         self._store = Store(notifier or Notifier(), passed)
@@ -87,6 +102,9 @@ class Fabric:
         self._fcoe: dict[str, tuple[FcoeAttachment, trio.CancelScope]] = {}
         self._units: dict[LogicalUnit, Served] = {}
         self._reloading = trio.Lock()
+        self._kept = kept or Overlay()
+        self._unkept = Overlay()
+        self._overrides: dict[str, Overlay] = {}
 
     async def serve(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Serve until cancelled.  Raises VhostfcError when it cannot begin: a socket, a medium."""
@@ -97,7 +115,8 @@ class Fabric:
                     self._begin(nursery)
                     await self._apply(config, self._prepare(config))
                     self._store.drop_rest()
-                    handlers = {"status": self._on_status, "reload": self._on_reload}
+                    await self.desk.follow(config.faults)
+                    handlers = orders_for(self)
                     await nursery.start(partial(serve_control, config.control, handlers, log=self._log))
                     self._log.info("the fabric is up", fabric=config.name, socket=str(config.socket))
                     task_status.started()
@@ -121,8 +140,10 @@ class Fabric:
             ),
             timeout=self.config.fence_timeout,
             nursery=nursery,
+            publish=self.events.publish,
             log=self._log,
         )
+        self.desk = Desk(self, seed=self.config.seed, nursery=nursery, publish=self.events.publish, log=self._log)
         self._runner = Runner(
             switch=self.switch,
             array=self.array,
@@ -144,6 +165,22 @@ class Fabric:
     def _kick(self) -> None:
         self._runner.kick()
 
+    def _later(self, seconds: float, do: Callable[[], None]) -> None:
+        async def wait() -> None:
+            await trio.sleep(seconds)
+            do()
+
+        self._nursery.start_soon(wait)
+
+    def _notice(self, event: str, values: Json) -> None:
+        """What the switch has to tell."""
+        self.events.publish(event, values)
+        if event == "login":
+            self.desk.logged_in(Wwn.parse(str(values["wwpn"])), str(values["holder"]))
+
+    def _hit(self, active: Active, what: str) -> None:
+        self.desk.hit(active, what)
+
     def _served_of(self, unit: LogicalUnit) -> Served | None:
         return self._units.get(unit)
 
@@ -159,7 +196,7 @@ class Fabric:
                 return
             openings: list[Opening] = []
             try:
-                adapter = await greet(connection, process, self.config.name)
+                adapter = await greet(connection, process, self.config.name, is_down=self.desk.is_down)
                 if adapter is not None:
                     openings = await self._serve_link(adapter)
             except (LinkError, LinkLost) as error:
@@ -174,12 +211,14 @@ class Fabric:
     async def _serve_link(self, adapter: Link) -> list[Opening]:
         adapter.f_port = self.door.plug(adapter)
         self._log.info("a link is up", adapter=adapter.name, pid=adapter.pid)
+        self.events.publish("link up", {"holder": adapter.name, "pid": adapter.pid})
         try:
             await adapter.serve(self._handle, self._log)
         finally:
             openings = adapter.lost()
             self.door.unplug(adapter.f_port)
             self._log.info("a link is down", adapter=adapter.name, pid=adapter.pid)
+            self.events.publish("link down", {"holder": adapter.name, "pid": adapter.pid})
         return openings
 
     def _handle(self, adapter: Link, message: Message) -> None:
@@ -283,21 +322,75 @@ class Fabric:
         if self._reachable(target, session, lun) is not served:
             return Verdict(gone=True)
         unit = served.unit
-        mask = bytes(32) if served.ordered else unit.verdict(session.nexus)
+        mask = bytes(32) if served.ordered or served.faults else unit.verdict(session.nexus)
         return Verdict(mask, unit.mode.write_protected, unit.blocks)
 
     # ------------------------------------------------------------ configuration
 
-    async def reload(self, config: FabricConfig) -> None:
+    async def reload(self, config: FabricConfig, kept: Overlay | None = None) -> None:
         """Make this configuration the one in force; when it returns, nobody does any more what it forbids.
 
-        Raises ConfigError or VhostfcError when it cannot be; nothing has changed then.
+        kept: the changes that were kept.  Those that were not are forgotten.  Raises ConfigError or
+        VhostfcError when it cannot be; nothing has changed then.
         """
         async with self._reloading:
-            check_fixed(self.config, config)
-            check_places(self.config, config)
-            await self._apply(config, self._prepare(config))
+            await self._become(config, kept or Overlay(), Overlay(), self._overrides)
+        await self.desk.follow(config.faults)
         self._log.info("reloaded", path=str(config.path), targets=len(config.targets), zones=len(config.zones))
+        self.events.publish("reloaded", {"targets": len(config.targets), "zones": len(config.zones)})
+
+    async def change(self, order: Json, *, lasting: bool) -> str:
+        """Make one change, for as long as the fabric runs and is not reloaded, or for good; returns what it is of.
+
+        Raises VhostfcError when it cannot be; nothing has changed then.
+        """
+        async with self._reloading:
+            overlay = of_order(order, self.config)
+            keys = overlay.keys()
+            kept, unkept = self._kept, merged([self._unkept, overlay])
+            if lasting:
+                kept, unkept = merged([self._kept, overlay]), self._unkept.without(keys)
+                keep(self.file, kept)
+            try:
+                await self._become(self.file, kept, unkept, self._overrides)
+            except VhostfcError:
+                if lasting:
+                    keep(self.file, self._kept)
+                raise
+        self.events.publish("change", {"of": keys[0], "kept": lasting})
+        return keys[0]
+
+    async def undo(self, keys: Collection[str] | None) -> list[str]:
+        """Take changes back, kept ones too (None: all); returns which.  Raises VhostfcError."""
+        async with self._reloading:
+            there = merged([self._kept, self._unkept]).keys()
+            wanted = there if keys is None else list(keys)
+            if unknown := [key for key in wanted if key not in there]:
+                raise VhostfcError(f"no change of {', '.join(unknown)}; there are: {', '.join(there) or 'none'}")
+            kept = self._kept.without(wanted)
+            await self._become(self.file, kept, self._unkept.without(wanted), self._overrides)
+            keep(self.file, kept)
+        for one in wanted:
+            self.events.publish("change undone", {"of": one})
+        return wanted
+
+    async def override(self, name: str, fault: Fault | None) -> None:
+        """A fault's change begins or ends.  Raises VhostfcError when it cannot be."""
+        async with self._reloading:
+            overrides = {other: overlay for other, overlay in self._overrides.items() if other != name}
+            if fault is not None:
+                overrides[name] = of_fault(fault, self.view)
+            await self._become(self.file, self._kept, self._unkept, overrides)
+
+    async def _become(self, file: FabricConfig, kept: Overlay, unkept: Overlay, overrides: dict[str, Overlay]) -> None:
+        """Raises ConfigError or VhostfcError, and then nothing has changed."""
+        config = with_changes(file, merged([kept, unkept]))
+        view = with_changes(file, merged([kept, unkept, *overrides.values()]))
+        check_fixed(self.config, config)
+        check_places(self.view, view)
+        new = self._prepare(config)
+        self.file, self._kept, self._unkept, self._overrides = file, kept, unkept, overrides
+        await self._apply(config, new, view)
 
     def _prepare(self, config: FabricConfig) -> _New:
         """Open what is new.  Raises ConfigError or VhostfcError, and then leaves nothing behind."""
@@ -327,25 +420,27 @@ class Fabric:
             raise
         return new
 
-    async def _apply(self, config: FabricConfig, new: _New) -> None:
+    async def _apply(self, config: FabricConfig, new: _New, view: FabricConfig | None = None) -> None:
         """Nothing here may fail, and nothing waits before all of it is done."""
-        self.config = config
+        self.config, self.view = config, view or config
         self._maker.timeout = config.fence_timeout
         self._served.update(new.units)
         self._units.update((served.unit, served) for served in new.units.values())
         for served in new.units.values():
             self._maker.keep(served)
+            served.faults.told = partial(self._unit_hit, served)
             if not served.claim():
                 self._nursery.start_soon(self._claim_later, served)
         self._set_fcoe(config, new.attachments)
         wanted = units_of(config)
         outputs: list[Output] = []
-        zoning = zoning_of(config)
+        zoning = zoning_of(self.view)
         if zoning.zones != self.switch.zoning.zones:
             outputs += self.switch.set_zoning(zoning)
-        outputs += self._set_targets(config)
+        outputs += self._set_targets(self.view)
         resized = self._set_units(wanted)
         outputs += self._place(resized)
+        self.desk.refit()
         self.door.post(outputs)
         self._kick()
         everybody = list(self._served.values())
@@ -373,7 +468,8 @@ class Fabric:
                 port.name = target.name
                 continue
             del self._targets[wwpn]
-            outputs += self.switch.remove_target(port)
+            if not self.desk.is_away(wwpn):
+                outputs += self.switch.remove_target(port)
             for port_id in list(port.sessions):
                 port.forget(port_id)
             self._runner.kick()
@@ -381,16 +477,63 @@ class Fabric:
         for wwpn, target in wanted.items():
             if wwpn not in self._targets:
                 relative = self._number(wwpn)
-                port = TargetPort(target.name, wwpn, target.wwnn, relative, rations=self._rations, urgent=self._urgent)
+                port = TargetPort(
+                    target.name,
+                    wwpn,
+                    target.wwnn,
+                    relative,
+                    rations=self._rations,
+                    urgent=self._urgent,
+                    clock=time.time,
+                )
                 self._targets[wwpn] = port
                 self.array.add(port)
-                outputs += self.switch.add_target(port)
+                if not self.desk.is_away(wwpn):
+                    outputs += self.switch.add_target(port)
         return outputs
+
+    def withdraw(self, target: Wwn) -> None:
+        """A target port leaves the fabric; its units stay what they are."""
+        port = self._targets.get(target)
+        if port is not None and self.switch.target(port.port_id) is port:
+            self.door.post(self.switch.remove_target(port))
+            for port_id in list(port.sessions):
+                port.forget(port_id)
+            self._kick()
+
+    def restore(self, target: Wwn) -> None:
+        """It is back."""
+        port = self._targets.get(target)
+        if port is not None and self.switch.target(port.port_id) is not port:
+            try:
+                self.door.post(self.switch.add_target(port))
+            except ValueError as error:  # somebody logged in under its name
+                self._log.error("a target port cannot come back", target=port.name, reason=str(error))
+
+    def units_at(self, target: Wwn | None, lun: int | None) -> list[Served]:
+        """The units at these LUNs of these target ports (None: all)."""
+        keys = {
+            key(config, unit)
+            for config in self.view.targets
+            if target in {None, config.wwpn}
+            for unit in config.units
+            if lun in {None, unit.lun}
+        }
+        return [served for unit_key, served in self._served.items() if unit_key in keys]
+
+    def _unit_hit(self, served: Served, active: Active) -> None:
+        self._hit(active, f"a command at {served.medium.name}")
 
     def _set_units(self, wanted: dict[Key, tuple[TargetConfig, UnitConfig]]) -> set[LogicalUnit]:
         """Sizes, write protection and names of what is served; returns the units that have grown."""
         resized: set[LogicalUnit] = set()
-        access = {one.group: AccessState[one.access.upper().replace("-", "_")] for one in self.config.targets}
+        access = {one.group: AccessState[one.access.upper().replace("-", "_")] for one in self.view.targets}
+        paths: dict[Key, list[TargetConfig]] = {}
+        for one in self.view.targets:
+            for unit in one.units:
+                ports_of = paths.setdefault(key(one, unit), [])
+                if one not in ports_of[-1:]:
+                    ports_of.append(one)
         for unit_key, (target, config) in wanted.items():
             served = self._served[unit_key]
             medium = served.medium
@@ -409,8 +552,7 @@ class Fabric:
                 resized.add(served.unit)
             ports = tuple(
                 IdentityPort(self._relative[other.wwpn], other.wwpn.pack(), other.group)
-                for other in self.config.targets
-                if any(key(other, unit) == unit_key for unit in other.units)
+                for other in paths.get(unit_key, ())
             )
             served.unit.identity = dataclasses.replace(served.unit.identity, ports=ports)
             served.unit.set_access(access)
@@ -419,7 +561,7 @@ class Fabric:
     def _place(self, resized: Collection[LogicalUnit] = ()) -> list[Output]:
         """Put every unit that is ready at its LUNs, and tell those for whom that makes a difference."""
         outputs: list[Output] = []
-        for config in self.config.targets:
+        for config in self.view.targets:
             target = self._targets[config.wwpn]
             ports = [login.wwpn for login in self.switch.logins()]
             before = {wwpn: self.array.seen(target, wwpn) for wwpn in ports}
@@ -462,19 +604,19 @@ class Fabric:
 
     # ------------------------------------------------------------ control
 
-    async def _on_status(self, _request: Json) -> Json:
-        await trio.lowlevel.checkpoint()
-        return self.status()
-
-    async def _on_reload(self, _request: Json) -> Json:
-        await self.reload(load_fabric(self.config.path))
-        return {}
-
     def status(self) -> Json:
         """What there is, as JSON: the fabric, logins, targets with units and who has them open, zones."""
         pids = {f_port: one.pid for f_port, one in self.door.attachments.items()}
         segments = [segment for segment, _ in self._fcoe.values()]
-        return describe(self.config, self.switch, self._targets, self._served, pids, segments)
+        return describe(self.view, self.switch, self._targets, self._served, pids, segments)
+
+    def topology(self) -> Json:
+        """The same the other way round: what is plugged in where, and who is logged in where since when."""
+        return topology(self.view, self.switch, self._targets, self._served, self.door, self.desk)
+
+    def changes(self) -> Json:
+        """The changes of administrators, and whether they are kept."""
+        return {"kept": self._kept.as_json(), "until reload": self._unkept.as_json()}
 
 
 async def _farewell(process: Process, openings: list[Opening]) -> None:
@@ -488,17 +630,21 @@ async def _farewell(process: Process, openings: list[Opening]) -> None:
 async def run_fabric(
     config: FabricConfig,
     *,
+    kept: Overlay | None = None,
+    capture: CaptureFile | None = None,
     log: structlog.typing.FilteringBoundLogger,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """`vhostfc fabric`: serve until cancelled, as a service of systemd where it is one; SIGHUP reloads the file.
 
-    Raises VhostfcError when it cannot begin.
+    kept: changes that were kept.  capture: where all frames go.  Raises VhostfcError when it cannot begin.
     """
     notifier = Notifier.from_environment()
-    fabric = Fabric(config, log=log, notifier=notifier, passed=passed_fds())
+    fabric = Fabric(config, log=log, kept=kept, notifier=notifier, passed=passed_fds())
     with trio.open_signal_receiver(signal.SIGHUP) as hangups:
         async with trio.open_nursery() as nursery:
+            if capture is not None:
+                await nursery.start(capture_to, fabric.door, capture)
             await nursery.start(fabric.serve)
             if notifier.watchdog_timeout:
                 nursery.start_soon(_feed, notifier, notifier.watchdog_timeout / 2)
@@ -507,7 +653,7 @@ async def run_fabric(
             async for _ in hangups:
                 notifier.reloading()
                 try:
-                    await fabric.reload(load_fabric(config.path))
+                    await fabric.reload(*load_with_kept(config.path))
                 except VhostfcError as error:
                     log.error("not reloaded, nothing has changed", reason=str(error))
                 notifier.ready()

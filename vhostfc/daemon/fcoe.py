@@ -18,7 +18,7 @@ import errno
 import socket
 import struct
 from collections import deque
-from collections.abc import Awaitable, Callable, Hashable, Iterable
+from collections.abc import Awaitable, Callable, Hashable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Protocol
@@ -33,6 +33,7 @@ from vhostfc.daemon.fdsocket import connect, listen
 from vhostfc.errors import VhostfcError
 from vhostfc.fabric.fcf import Action, Deliver, Detach, Forwarder, LogOut, Send
 from vhostfc.fabric.link import Note
+from vhostfc.fabric.switch import NPort, Switch
 from vhostfc.fc import fcoe
 from vhostfc.fc.wwn import Wwn
 
@@ -199,6 +200,7 @@ class Fabric(Protocol):
     """The fabric, as an attachment knows it."""
 
     door: Door
+    switch: Switch
 
     def frame(self, f_port: int, data: bytes) -> None: ...
 
@@ -208,6 +210,7 @@ class Fabric(Protocol):
 class VirtualLink:
     """An F_Port's way out: one ENode of an attachment."""
 
+    kind = "fcoe"
     pid = None
 
     def __init__(self, segment: FcoeAttachment, name: str) -> None:
@@ -220,6 +223,19 @@ class VirtualLink:
 
     async def send_frame(self, what: bytes | Note) -> None:
         await self._segment.send(self.f_port, what)
+
+    def link_down(self) -> None:
+        """The cable is the segment's: all that is on it sees that."""
+        self._segment.set_link(False)
+
+    def link_up(self) -> None:
+        self._segment.set_link(True)
+
+    def clear_virtual_link(self, ports: Sequence[NPort]) -> bool:
+        """With all of its N_Ports the F_Port goes too: the ENode begins anew."""
+        everything = len(ports) == len(self._segment.behind(self.f_port))
+        self._segment.clear(self.f_port, () if everything else [port.port_id for port in ports])
+        return True
 
 
 class _Lane:
@@ -404,6 +420,10 @@ class FcoeAttachment:
     def clear(self, f_port: int, port_ids: Iterable[int] = ()) -> None:
         """Clear Virtual Links: of these N_Ports, or the F_Port with all that is behind it."""
         self._do(self.forwarder.clear(f_port, port_ids))
+
+    def behind(self, f_port: int) -> list[NPort]:
+        """The N_Ports behind one of our F_Ports."""
+        return self._fabric.switch.behind(f_port)
 
     def set_link(self, up: bool) -> None:
         """As if the cable were pulled, or plugged in again."""

@@ -133,9 +133,11 @@ class Fence:
         timeout: float,
         numbers: Numbers,
         nursery: trio.Nursery,
+        publish: Callable[[str, dict[str, object]], None] = lambda event, values: None,
         log: structlog.typing.FilteringBoundLogger,
     ) -> None:
         self.medium = medium
+        self._publish = publish
         self.name = name
         self.timeout = timeout
         self.openings: dict[int, Opening] = {}
@@ -279,6 +281,8 @@ class Fence:
         )
         opening.adapter.post(route, fds)
         if narrow:
+            told = {"unit": self.name, "adapter": opening.adapter.name, "wwpn": str(opening.wwpn), "gone": verdict.gone}
+            self._publish("fence", told)
             self._nursery.start_soon(self._enforce, opening, pending, older)
         return narrow
 
@@ -359,6 +363,7 @@ class Fence:
         adapter = opening.adapter
         fields = {"adapter": adapter.name, "pid": adapter.pid, "wwpn": str(opening.wwpn), "unit": self.name}
         refused = adapter.kill()
+        self._publish("kill", {**fields, "why": f"it {why}", "refused": refused})
         if refused is None:
             self._log.error(f"killed an adapter: it {why}", seconds=self.timeout, **fields)
         else:

@@ -64,10 +64,11 @@ def delimited(frame: bytes) -> bytes:
 class Section:
     """One capture file: bytes in the order in which they are to be written.
 
-    Interfaces come into being with their first frame.
+    Interfaces come into being with their first frame.  packets: how many there are.
     """
 
     def __init__(self, application: str, comment: str = "") -> None:
+        self.packets = 0
         self._interfaces: dict[Interface, int] = {}
         self._received: dict[Interface, int] = {}
         self._options = [(_USER_APPLICATION, _text(application)), (_COMMENT, _text(comment))]
@@ -78,6 +79,7 @@ class Section:
 
     def packet(self, record: Record) -> bytes:
         """A frame, after the description of its interface when that is new."""
+        self.packets += 1
         number = self._interfaces.get(record.interface)
         described = b""
         if number is None:

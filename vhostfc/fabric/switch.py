@@ -161,11 +161,15 @@ class Switch:
         """All N_Ports behind it are logged out."""
         return [out for port_id in list(self._f_ports[f_port].ids) for out in self._log_out(port_id)]
 
-    def log_out(self, port_id: int) -> list[Output]:
-        """End a login from this side; the N_Port is told with a LOGO."""
-        login = self._n_ports[port_id]
-        logo = els.Logo(port_id, login.wwpn).pack()
-        return [*self.send(els_request(Address.F_PORT, port_id, next(self._ox_id), logo)), *self._log_out(port_id)]
+    def behind(self, f_port: int) -> list[NPort]:
+        """The N_Ports behind an F_Port, in the order of their logins."""
+        return [self._n_ports[port_id] for port_id in self._f_ports[f_port].ids]
+
+    def log_out(self, port_id: int, *, tell: bool = True) -> list[Output]:
+        """End a login from this side.  tell: the N_Port gets a LOGO."""
+        logo = els.Logo(port_id, self._n_ports[port_id].wwpn).pack()
+        told = self.send(els_request(Address.F_PORT, port_id, next(self._ox_id), logo)) if tell else []
+        return [*told, *self._log_out(port_id)]
 
     def add_target(self, target: InternalPort) -> list[Output]:
         """Raises ValueError when its Port_Name is in use."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 import enum
 import itertools
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 from vhostfc.fabric.rations import Rations
@@ -48,13 +48,17 @@ class State(enum.Enum):
 
 @dataclass(eq=False, slots=True)
 class Session:
-    """A login of an N_Port with us.  image: PRLI was done; nexus: as the device server knows the I_T nexus."""
+    """A login of an N_Port with us.
+
+    image: PRLI was done; nexus: as the device server knows the I_T nexus; since: seconds of the epoch.
+    """
 
     port_id: int
     wwpn: Wwn
     nexus: Nexus
     payload_size: int
     image: bool = False
+    since: float = 0.0
     exchanges: dict[int, Exchange] = field(default_factory=dict)
 
 
@@ -138,6 +142,7 @@ class TargetPort:
         *,
         rations: Rations[Exchange],
         urgent: deque[Urgent],
+        clock: Callable[[], float] = lambda: 0.0,
     ) -> None:
         self.name = name
         self.wwpn = wwpn
@@ -147,6 +152,8 @@ class TargetPort:
         self.rations = rations
         self.urgent = urgent
         self.sessions: dict[int, Session] = {}
+        self._by_name: dict[Wwn, Session] = {}
+        self._clock = clock
         self._rx_ids = itertools.cycle(range(1, 0xFFFF))
 
     def nexus(self, wwpn: Wwn) -> Nexus:
@@ -155,7 +162,8 @@ class TargetPort:
 
     def session(self, wwpn: Wwn) -> Session | None:
         """The login of this initiator port with an image pair, if there is one."""
-        return next((s for s in self.sessions.values() if s.wwpn == wwpn and s.image), None)
+        session = self._by_name.get(wwpn)
+        return session if session is not None and session.image else None
 
     # ------------------------------------------------------------ the switch's side
 
@@ -183,6 +191,8 @@ class TargetPort:
         session = self.sessions.pop(port_id, None)
         if session is None:
             return
+        if self._by_name.get(session.wwpn) is session:
+            del self._by_name[session.wwpn]
         for exchange in list(session.exchanges.values()):
             if self.drop(exchange):
                 self.urgent.append(Abort(exchange))
@@ -227,7 +237,8 @@ class TargetPort:
         if request.payload_size < MIN_PAYLOAD:
             return _reject(frame, Reason.LOGICAL_ERROR, Explanation.RECEIVE_SIZE)
         self.forget(frame.s_id)  # a login anew ends what the old one began (FC-LS-3 6.3.2.3)
-        self.sessions[frame.s_id] = Session(frame.s_id, source, self.nexus(source), request.payload_size)
+        session = Session(frame.s_id, source, self.nexus(source), request.payload_size, since=self._clock())
+        self.sessions[frame.s_id] = self._by_name[source] = session
         return els_reply(frame, Login.plogi(self.wwpn, self.wwnn, accept=True).pack())
 
     def _prli(self, frame: Frame, session: Session, pages: tuple[PrliPage, ...]) -> Frame:
