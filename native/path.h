@@ -24,18 +24,22 @@ enum vfc_submit {
 	VFC_BUSY = 2,		/* a latch or a limit: park it, try again */
 };
 
+#define VFC_NO_SLOT (-1)
+
 enum vfc_op { VFC_OP_READ, VFC_OP_WRITE, VFC_OP_FLUSH };
 
 struct vfc_path_ops;
+struct bounce;
 
 /* The one engine of a kind that a worker has; each kind embeds it first. */
 struct vfc_path_engine {
 	const struct vfc_path_ops *ops;
 };
 
-/* A word of the latch that reads of this path hold together. */
-struct vfc_readers {
-	uint16_t count;		/* under way */
+/* A word of the latch that I/O of this path holds together. */
+struct vfc_holders {
+	struct bounce *first;	/* of what is under way */
+	uint16_t count;		/* of it */
 	uint16_t ever;		/* since the word was taken: others want it as well, one day */
 };
 
@@ -44,7 +48,9 @@ struct vfc_path {
 	struct vfc_path_engine *engine;
 	struct vfc_medium *medium;
 	uint32_t nexus, epoch;
-	struct vfc_readers *readers;	/* by word, made when the first is needed */
+	struct vfc_holders *holders;	/* by word, made when the first is needed */
+	uint16_t pass, passed;	/* reads that do not ask the page cache first: so many, and how many did not */
+	int32_t slot;		/* the engine's own: 0 nothing was tried yet, VFC_NO_SLOT */
 	uint32_t busy;		/* operations that may still touch the medium, abandoned ones included; the engine counts */
 	void *own;		/* the engine's, from open() to close() */
 };
@@ -99,6 +105,8 @@ struct vfc_path_ops {
 	int (*wait_fd)(struct vfc_path_engine *engine);
 	/* nothing is under way, not even what was abandoned: the engine may be freed */
 	bool (*idle)(struct vfc_path_engine *engine);
+	/* NULL, or: this path goes; nothing is under way on it */
+	void (*leave)(struct vfc_path_engine *engine, struct vfc_path *path);
 };
 
 #endif

@@ -70,7 +70,7 @@ static void free_route(struct route *route)
 	if (route->path.own)
 		route->path.engine->ops->close(route->path.engine, &route->path);
 	vfc_medium_put(route->path.medium);
-	free(route->path.readers);
+	free(route->path.holders);
 	free(route);
 }
 
@@ -176,6 +176,8 @@ void route_settle(struct worker *worker)
 			continue;
 		}
 		*link = route->next;
+		if (route->path.engine && route->path.engine->ops->leave)
+			route->path.engine->ops->leave(route->path.engine, &route->path);
 		/* First the medium, then the ack: after it the fabric may count on our hold being gone. */
 		struct mail *mail = route->ack;
 

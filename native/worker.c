@@ -305,14 +305,6 @@ static unsigned reap(struct worker *worker, struct vfc_path_engine *engine)
 	return count;
 }
 
-static bool any_active(const struct worker *worker)
-{
-	for (size_t i = 0; i < VFC_MAX_RINGS / 64; i++)
-		if (worker->active[i])
-			return true;
-	return false;
-}
-
 /* A ring with many commands does not keep one waiting that has few, and is looked at all the time. */
 static unsigned fair_batch(const struct worker *worker)
 {
@@ -433,7 +425,7 @@ void *worker_main(void *argument)
 	epoll_ctl(worker->epoll_fd, EPOLL_CTL_ADD, worker->box.wake_fd, &mailbox);
 	epoll_ctl(worker->epoll_fd, EPOLL_CTL_ADD, files->wait_fd(worker->files), &completions);
 	while (!worker->quit) {
-		bool busy = any_active(worker);
+		bool busy = worker_any_active(worker);
 
 		if (!busy)
 			wait_for_work(worker, patience(worker));

@@ -117,6 +117,7 @@ struct ring {
 	bool armed;		/* the driver is asked for kicks */
 	bool shallow;		/* few commands at a time lately */
 	uint64_t empty_since;	/* ns; 0: there was work at the last look */
+	uintptr_t last_header, last_answer;	/* where a command was: no more than a guess at the next, never used */
 	int kick_fd, call_fd, err_fd;
 	uint32_t in_flight;
 	struct command *pool;	/* by head */
@@ -214,6 +215,14 @@ void ring_free(struct worker *worker, struct ring *ring);
 static inline void ring_activate(struct worker *worker, const struct ring *ring)
 {
 	worker->active[ring->index / 64] |= 1ull << (ring->index % 64);
+}
+
+static inline bool worker_any_active(const struct worker *worker)
+{
+	for (size_t i = 0; i < VFC_MAX_RINGS / 64; i++)
+		if (worker->active[i])
+			return true;
+	return false;
 }
 
 static inline void ring_mark_dirty(struct worker *worker, struct ring *ring)
