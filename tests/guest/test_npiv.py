@@ -43,8 +43,8 @@ def san(tmp_path_factory: pytest.TempPathFactory) -> Iterator[San]:
     network = San(
         tmp_path_factory.mktemp("san"),
         [
-            UnitSpec(0, 'size = "48MiB"', allow=[1]),
-            UnitSpec(1, 'size = "48MiB"\nblock_size = 4096', allow=[1]),
+            UnitSpec(0, 'size = "8MiB"', allow=[1]),
+            UnitSpec(1, 'size = "16MiB"\nblock_size = 4096', allow=[1]),
             UnitSpec(2, 'size = "16MiB"', allow=[2]),
         ],
     )
@@ -243,6 +243,32 @@ def test_a_cable_that_is_pulled_for_a_moment(guest: NpivGuest, adapter: list[Job
     await_luns(guest, [0, 1], seconds=60)
     assert guest.check("ls /sys/class/scsi_generic") == before
     assert status in {0, 1}
+
+
+def test_a_guest_that_leaves_while_its_path_is_lost(guest: NpivGuest, adapter: list[Job]) -> None:
+    """Its rings stop at once, with commands that the kernel still has; the next guest's are not overtaken by them."""
+    job = guest.popen(
+        f"{guest.python} -m vhostfc bench {guest.socket(1)} --unit 0:1 --rw randwrite --bs 4k --iodepth 8 --seconds 60"
+        " --runs 1 --warmup 0 >/run/bench.log 2>&1"
+    )
+    for _ in range(30):
+        if guest.status(1)["counters"]["in_flight"]:
+            break
+    guest.qmp("set_link", name="cable1", up=False)
+    guest.check("sleep 0.5; pkill -9 -f 'vhostfc bench'")
+    job.wait(30)
+    for _ in range(30):
+        if guest.status(1)["front_end"]["state"] == "detached":
+            break
+    counters = guest.status(1)["counters"]
+    assert counters["in_flight"] == 0
+    guest.qmp("set_link", name="cable1", up=True)
+    guest.wait("[ $(cat /sys/class/fc_host/host0/port_state) = Online ]")
+    await_luns(guest, [0, 1], seconds=60)
+    result = guest.vhostfc(
+        f"bench {guest.socket(1)} --unit 0:1 --rw randrw --bs 4k --iodepth 8 --seconds 1 --runs 1 --warmup 0 --verify"
+    )
+    assert result["errors"] == 0
 
 
 # ---------------------------------------------------------------- lives

@@ -104,9 +104,10 @@ class NpivGuest(FcoeGuest):
     def drive(self, number: int, commands: Sequence[dict[str, Any]], *, timeout: float = 120) -> list[dict[str, Any]]:
         """Run commands on an adapter as a guest's driver does."""
         self.run("cat >/run/driver.py", data=DRIVER.encode())
-        output = self.check(
+        status, output = self.run(
             f"{self.python} /run/driver.py {self.socket(number)} '{json.dumps(list(commands))}'", timeout
         )
+        assert status == 0, f"{output}\n{self.log(number)}\n{self.check('cat /run/helper.log')}"
         return [json.loads(line) for line in output.splitlines()]
 
     def units(self, number: int) -> dict[tuple[int, int], dict[str, Any]]:
