@@ -230,8 +230,8 @@ static inline uint32_t all_of(unsigned count)
 	return count < 32 ? (1u << count) - 1 : UINT32_MAX;
 }
 
-static inline __attribute__((always_inline)) unsigned run(struct worker *worker, struct ring *ring, uint16_t *heads,
-							  unsigned count, bool packed)
+static inline __attribute__((always_inline)) void run(struct worker *worker, struct ring *ring, uint16_t *heads,
+							  unsigned count, struct hold *hold, bool packed)
 {
 	struct express all[BATCH], *express = all, *end;
 	const struct view *view = worker->view;
@@ -264,18 +264,28 @@ static inline __attribute__((always_inline)) unsigned run(struct worker *worker,
 			fetch_medium(express);
 		express++;
 	}
-	for (express = all; express < end; express++) {
+	for (express = all; express < end;) {
 		/* What a page was that went meanwhile, nobody knows: again, and closely. */
-		if (__builtin_expect(!move(express) || guard_any_torn(), 0))
+		if (__builtin_expect(!move(express) || guard_any_torn(), 0)) {
+			*express = *--end;
 			continue;
-		answer(&ring->vq, packed, express);
-		bytes[express->write] += express->length;
+		}
 		done |= express->bit;
+		express++;
 	}
-	/* What is left keeps its order. */
+	/*
+	 * What is left keeps its order, and is gathered before anything is answered: in a packed ring used descriptors
+	 * are written over those that were available, and these may be of commands that stay.
+	 */
 	for (unsigned i = 0; i < count && done != all_of(count); i++)
 		if (!(done >> i & 1))
 			heads[rest++] = heads[i];
+	if (__builtin_expect(rest, 0))
+		intake_hold(worker, ring, heads, rest, hold);
+	for (express = all; express < end; express++) {
+		answer(&ring->vq, packed, express);
+		bytes[express->write] += express->length;
+	}
 	if (rest < count) {
 		ring_mark_dirty(worker, ring);
 		ADD(worker, commands, count - rest);
@@ -283,14 +293,16 @@ static inline __attribute__((always_inline)) unsigned run(struct worker *worker,
 		ADD(worker, read_bytes, bytes[0]);
 		ADD(worker, written_bytes, bytes[1]);
 	}
-	return rest;
 }
 
-unsigned express_run(struct worker *worker, struct ring *ring, uint16_t *heads, unsigned count)
+void express_run(struct worker *worker, struct ring *ring, uint16_t *heads, unsigned count, struct hold *hold)
 {
 	/* A page that has gone, or a command that others give way to, need a closer look; files wait. */
 	if (guard_any_torn() || worker->starving || !ring->vq.indirect ||
 	    (worker->recent && worker->recent->path.engine != worker->media))
-		return count;
-	return ring->vq.packed ? run(worker, ring, heads, count, true) : run(worker, ring, heads, count, false);
+		intake_hold(worker, ring, heads, count, hold);
+	else if (ring->vq.packed)
+		run(worker, ring, heads, count, hold, true);
+	else
+		run(worker, ring, heads, count, hold, false);
 }

@@ -147,12 +147,26 @@ static inline bool accept(struct worker *worker, struct command *command)
 	return vscsi_dispatch(worker, command);
 }
 
+void intake_hold(struct worker *worker, struct ring *ring, const uint16_t *heads, unsigned count, struct hold *hold)
+{
+	for (unsigned i = 0; i < count; i++) {
+		struct command *command = intake_claim(worker, ring, heads[i]);
+
+		if (__builtin_expect(command != NULL, 1))
+			hold->commands[hold->count++] = command;
+		else
+			hold->busy = true;
+	}
+	for (unsigned i = 0; i < hold->count; i++)
+		intake_gather(worker, hold->commands[i]);
+}
+
 int intake_run(struct worker *worker, struct ring *ring)
 {
-	struct command *commands[BATCH];
 	uint16_t heads[BATCH];
+	struct hold hold;
 	int more;
-	unsigned count = vq_take(&ring->vq, heads, worker->batch, &more), claimed = 0, ready = 0;
+	unsigned count = vq_take(&ring->vq, heads, worker->batch, &more), ready = 0;
 
 	if (count) {
 		ring->empty_since = 0;
@@ -160,20 +174,13 @@ int intake_run(struct worker *worker, struct ring *ring)
 		worker->credit -= (int)count;
 	}
 
-	count = express_run(worker, ring, heads, count);
-	for (unsigned i = 0; i < count; i++) {
-		commands[claimed] = intake_claim(worker, ring, heads[i]);
-		if (__builtin_expect(commands[claimed] != NULL, 1))
-			claimed++;
-		else
-			more = -EBUSY;
-	}
-	for (unsigned i = 0; i < claimed; i++)
-		intake_gather(worker, commands[i]);
-	for (unsigned i = 0; i < claimed; i++)
-		if (accept(worker, commands[i]))
-			commands[ready++] = commands[i];
+	hold.count = 0;
+	hold.busy = false;
+	express_run(worker, ring, heads, count, &hold);
+	for (unsigned i = 0; i < hold.count; i++)
+		if (accept(worker, hold.commands[i]))
+			hold.commands[ready++] = hold.commands[i];
 	for (unsigned i = 0; i < ready; i++)
-		command_submit(worker, commands[i]);
-	return more;
+		command_submit(worker, hold.commands[i]);
+	return hold.busy ? -EBUSY : more;
 }

@@ -243,9 +243,17 @@ struct command *intake_claim(struct worker *worker, struct ring *ring, uint16_t 
 void intake_gather(struct worker *worker, struct command *command);
 void intake_count_bad(struct worker *worker, int error);
 
+/* Of a batch, the commands that have an entry of the pool: claimed and gathered. */
+struct hold {
+	struct command *commands[BATCH];
+	unsigned count;
+	bool busy;	/* a head was in flight already */
+};
+void intake_hold(struct worker *worker, struct ring *ring, const uint16_t *heads, unsigned count, struct hold *hold);
+
 /* express.c */
-/* Runs those of these heads that need no command of their own; the rest is left in heads[], and how many they are. */
-unsigned express_run(struct worker *worker, struct ring *ring, uint16_t *heads, unsigned count);
+/* Runs those of these heads that need no command of their own; the rest is held.  heads[] is used up. */
+void express_run(struct worker *worker, struct ring *ring, uint16_t *heads, unsigned count, struct hold *hold);
 
 /* command.c */
 /* Takes the command of this head from the control ring, as far as its answer where that can be given at once. */

@@ -225,6 +225,75 @@ TEST(a_megabyte_on_a_file_without_uring) { large(VFC_MEDIUM_FILE, VFC_ENGINE_NO_
 
 /* ---------------------------------------------------------------- what it punts */
 
+/* In a packed ring what is answered is written over what was asked: also over what is still to be looked at. */
+TEST(a_doubt_before_reads_of_its_batch)
+{
+	struct request first = { 0 }, doubt, reads[3];
+	const uint8_t inquiry[16] = { 0x12, 0, 0, 0, 96 };
+	struct vfc_answer answer = { .status = 0 };
+	struct vfc_event event;
+
+	begin(VFC_MEDIUM_MEMORY, NULL);
+	for (unsigned i = 0; i < 4; i++)
+		memset(unit.bytes + 512 * i, (int)(0x40 + i), 512);
+	first = request_rw(&ring, 0, OP_READ_10, 0, 1);
+	request_send(&ring, &first);
+	drive_wait(&ring);
+	doubt = request_make(&ring, 1, inquiry, 0, 96);
+	drive_offer(&ring, doubt.head);
+	for (unsigned i = 0; i < 3; i++) {
+		reads[i] = request_rw(&ring, 2 + i, OP_READ_10, 1 + i, 1);
+		drive_offer(&ring, reads[i].head);
+	}
+	drive_kick(&ring);
+	for (unsigned i = 0; i < 3; i++)
+		CHECK_EQUAL(drive_wait(&ring).length, 108 + 512);
+	for (unsigned i = 0; i < 3; i++) {
+		CHECK_EQUAL(request_response(&ring, &reads[i]), S_OK);
+		CHECK_EQUAL(request_in(&ring, &reads[i])[511], 0x41 + i);
+	}
+	event = guest_event(&guest, 0);
+	CHECK_EQUAL(event.kind, VFC_EVENT_PUNT);
+	CHECK_EQUAL(event.cdb[0], 0x12);
+	CHECK_EQUAL(event.data_in_length, 96);
+	answer.handle = event.handle;
+	CHECK_EQUAL(vfc_reply(guest.engine, &answer), 0);
+	CHECK_EQUAL(drive_wait(&ring).head, doubt.head);
+	CHECK_EQUAL(request_response(&ring, &doubt), S_OK);
+	end();
+}
+
+/* The same where it is the latch that keeps one back. */
+TEST(a_read_that_waits_for_the_latch_before_reads_of_its_batch)
+{
+	struct request first, reads[4];
+	struct vfc_latch *latch;
+
+	begin(VFC_MEDIUM_MEMORY, NULL);
+	CHECK_EQUAL(vfc_latch_open(unit.latch_fd, &latch), 0);
+	for (unsigned i = 0; i < 5; i++)
+		memset(unit.bytes + 65536 * i, (int)(0x40 + i), 512);
+	first = request_rw(&ring, 0, OP_READ_10, 0, 1);
+	request_send(&ring, &first);
+	drive_wait(&ring);
+	CHECK_EQUAL(vfc_latch_take(latch, 7, 65536, 512, NULL), 0);
+	for (unsigned i = 0; i < 4; i++) {
+		reads[i] = request_rw(&ring, 1 + i, OP_READ_10, 128 * (1 + i), 1);
+		drive_offer(&ring, reads[i].head);
+	}
+	drive_kick(&ring);
+	for (unsigned i = 1; i < 4; i++)
+		CHECK(drive_wait(&ring).head != reads[0].head);
+	vfc_latch_free(latch, 7, 65536, 512);
+	CHECK_EQUAL(drive_wait(&ring).head, reads[0].head);
+	for (unsigned i = 0; i < 4; i++) {
+		CHECK_EQUAL(request_response(&ring, &reads[i]), S_OK);
+		CHECK_EQUAL(request_in(&ring, &reads[i])[511], 0x41 + i);
+	}
+	vfc_latch_put(latch);
+	end();
+}
+
 TEST(doubts_are_punted)
 {
 	const uint8_t inquiry[16] = { 0x12 }, reserve[16] = { 0x5f };
