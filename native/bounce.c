@@ -1,9 +1,11 @@
 /*
  * bounce.c - buffers for I/O to files: made, filled, emptied, kept for the next.
  */
+#define _GNU_SOURCE
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/uio.h>
 
 #include "bounce.h"
 #include "iov.h"
@@ -12,7 +14,8 @@
 #define SMALL 65536		/* a buffer that is kept */
 #define KEEP 256
 #define LIMIT (64u << 20)	/* bytes of one worker's buffers in use */
-#define SHARE 256		/* reads that one hold on a latch word may serve */
+#define SHARE 256		/* commands that one hold on a latch word may serve */
+#define PASS 63			/* reads that go by the page cache unasked, at most, before it is asked again */
 #define ALIGNMENT 4096		/* what direct I/O asks for at most */
 
 static struct bounce *make(struct bounce_pool *pool, size_t length)
@@ -53,44 +56,62 @@ static void discard(struct bounce_pool *pool, struct bounce *bounce)
 }
 
 /*
- * Reads within one stripe share its word, so that sequential ones run side by side.  Only so many, then the word is
- * let go of: whoever wants to write there, in this process or another, gets a turn.
+ * What this path has under way within one stripe shares its word, as long as no two touch the same blocks and one of
+ * them writes there: so I/O in sequence runs side by side.  Only so many, then the word is let go of: whoever wants it,
+ * in this process or another, gets a turn.
  */
-static bool take_shared(struct vfc_path *path, uint64_t offset, uint32_t *ret_holder)
+static bool take_shared(struct vfc_path *path, enum vfc_op op, uint64_t offset, uint64_t length, uint32_t *ret_holder)
 {
 	struct vfc_medium *medium = path->medium;
-	struct vfc_readers *readers = &path->readers[offset / VFC_LATCH_STRIPE % LATCH_WORDS];
+	struct vfc_holders *holders = &path->holders[offset / VFC_LATCH_STRIPE % LATCH_WORDS];
 
-	if (readers->count) {
+	if (holders->count) {
 		*ret_holder = medium->owner;
-		if (readers->ever == SHARE)
+		if (holders->ever == SHARE)
 			return false;
+		for (const struct bounce *other = holders->first; other; other = other->beside)
+			if ((op == VFC_OP_WRITE || other->op == VFC_OP_WRITE) && offset < other->offset + other->length &&
+			    other->offset < offset + length)
+				return false;
 	} else {
 		if (!latch_take_one(medium->latch, medium->owner, offset, ret_holder))
 			return false;
-		readers->ever = 0;
+		holders->ever = 0;
 	}
-	readers->count++;
-	readers->ever++;
+	holders->count++;
+	holders->ever++;
 	return true;
 }
 
-static void free_shared(struct vfc_path *path, uint64_t offset)
+static void stand_beside(struct bounce *bounce)
 {
-	struct vfc_readers *readers = &path->readers[offset / VFC_LATCH_STRIPE % LATCH_WORDS];
+	struct vfc_holders *holders = &bounce->path->holders[bounce->offset / VFC_LATCH_STRIPE % LATCH_WORDS];
 
-	if (!--readers->count)
+	bounce->beside = holders->first;
+	holders->first = bounce;
+}
+
+static void free_shared(struct vfc_path *path, const struct bounce *bounce, uint64_t offset)
+{
+	struct vfc_holders *holders = &path->holders[offset / VFC_LATCH_STRIPE % LATCH_WORDS];
+
+	for (struct bounce **link = &holders->first; bounce && *link; link = &(*link)->beside)
+		if (*link == bounce) {
+			*link = bounce->beside;
+			break;
+		}
+	if (!--holders->count)
 		latch_free_one(path->medium->latch, path->medium->owner, offset);
 }
 
 static bool may_share(struct vfc_path *path, enum vfc_op op, uint64_t offset, uint64_t length)
 {
-	if (op != VFC_OP_READ || offset % VFC_LATCH_STRIPE + length > VFC_LATCH_STRIPE)
+	if (op == VFC_OP_FLUSH || offset % VFC_LATCH_STRIPE + length > VFC_LATCH_STRIPE)
 		return false;
 	/* Lazily backed: what is touched is what is used. */
-	if (!path->readers)
-		path->readers = calloc(LATCH_WORDS, sizeof(*path->readers));
-	return path->readers;
+	if (!path->holders)
+		path->holders = calloc(LATCH_WORDS, sizeof(*path->holders));
+	return path->holders;
 }
 
 /* All stripes or none, and nothing is waited for while they are held: two commands cannot block each other. */
@@ -100,17 +121,42 @@ static bool take(struct vfc_cmd *cmd, uint64_t offset, bool *ret_shared)
 
 	*ret_shared = may_share(cmd->path, cmd->op, offset, cmd->length);
 	if (*ret_shared)
-		return take_shared(cmd->path, offset, &cmd->holder);
+		return take_shared(cmd->path, cmd->op, offset, cmd->length, &cmd->holder);
 	return cmd->op == VFC_OP_FLUSH ||
 	       !vfc_latch_take(medium->latch, medium->owner, offset, cmd->length, &cmd->holder);
 }
 
-static void let_go(struct vfc_path *path, enum vfc_op op, bool shared, uint64_t offset, uint64_t length)
+/* bounce: NULL where there was no memory for one. */
+static void let_go(struct vfc_path *path, enum vfc_op op, const struct bounce *bounce, bool shared, uint64_t offset,
+		   uint64_t length)
 {
 	if (shared)
-		free_shared(path, offset);
+		free_shared(path, bounce, offset);
 	else if (op != VFC_OP_FLUSH)
 		vfc_latch_free(path->medium->latch, path->medium->owner, offset, length);
+}
+
+/*
+ * What the page cache has is copied at once, straight to the guest: the kernel is done with its memory when the call
+ * returns, and it does not wait for the device.  A path whose file is mostly not there is asked less and less often.
+ */
+static bool read_now(struct vfc_cmd *cmd, uint64_t offset)
+{
+	struct vfc_path *path = cmd->path;
+	ssize_t result;
+
+	if (path->passed < path->pass) {
+		path->passed++;
+		return false;
+	}
+	result = preadv2(path->medium->fd, cmd->iov, (int)cmd->iov_count, (off_t)offset, RWF_NOWAIT);
+	path->passed = 0;
+	if (result == (ssize_t)cmd->length) {
+		path->pass = 0;
+		return true;
+	}
+	path->pass = path->pass < PASS ? 2 * path->pass + 1 : PASS;
+	return false;
 }
 
 enum vfc_submit bounce_begin(struct bounce_pool *pool, struct vfc_cmd *cmd, struct bounce **ret_bounce)
@@ -130,9 +176,13 @@ enum vfc_submit bounce_begin(struct bounce_pool *pool, struct vfc_cmd *cmd, stru
 		return VFC_BUSY;
 	if (!take(cmd, offset, &shared))
 		return VFC_BUSY;
+	if (shared && cmd->op == VFC_OP_READ && medium->kind == VFC_MEDIUM_FILE && read_now(cmd, offset)) {
+		let_go(cmd->path, cmd->op, NULL, shared, offset, cmd->length);
+		return VFC_DONE;
+	}
 	bounce = make(pool, cmd->length);
 	if (!bounce) {
-		let_go(cmd->path, cmd->op, shared, offset, cmd->length);
+		let_go(cmd->path, cmd->op, NULL, shared, offset, cmd->length);
 		cmd->error = -ENOMEM;
 		return VFC_DONE;
 	}
@@ -144,6 +194,8 @@ enum vfc_submit bounce_begin(struct bounce_pool *pool, struct vfc_cmd *cmd, stru
 	bounce->shared = shared;
 	bounce->offset = offset;
 	bounce->length = cmd->length;
+	if (shared)
+		stand_beside(bounce);
 	if (cmd->op == VFC_OP_WRITE)
 		iov_read(cmd->iov, cmd->iov_count, 0, bounce->data, bounce->length);
 	cmd->path->busy++;
@@ -191,7 +243,7 @@ struct vfc_cmd *bounce_end(struct bounce_pool *pool, struct bounce *bounce)
 		if (bounce->op == VFC_OP_READ && !bounce->error)
 			iov_write(cmd->iov, cmd->iov_count, 0, bounce->data, bounce->length);
 	}
-	let_go(bounce->path, bounce->op, bounce->shared, bounce->offset, bounce->length);
+	let_go(bounce->path, bounce->op, bounce, bounce->shared, bounce->offset, bounce->length);
 	bounce->path->busy--;
 	pool->bytes -= bounce->length;
 	pool->under_way--;

@@ -17,7 +17,7 @@ struct bounce {
 	uint8_t op;		/* enum vfc_op */
 	bool fua;
 	bool cancelled;
-	bool shared;		/* the latch, with other reads of this path */
+	bool shared;		/* the latch, with others of this path */
 	int error;
 	uint64_t offset;	/* in the medium */
 	size_t length;
@@ -25,6 +25,7 @@ struct bounce {
 	uint8_t *data;		/* NULL for a flush */
 	size_t room;
 	struct bounce *next;
+	struct bounce *beside;	/* another that shares the latch's word */
 };
 
 /* A worker's buffers: small ones are kept, larger ones made; all together they are bounded. */

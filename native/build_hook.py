@@ -18,7 +18,7 @@ from typing import Any
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 NATIVE = Path(__file__).resolve().parent
-HEADERS = ("vhostfc.h", "frontend.h")
+HEADERS = ("vhostfc.h", "hba.h", "frontend.h")
 CFLAGS = ["-std=gnu11", "-O2", "-g", "-Wall", "-Wextra", "-Werror", "-fvisibility=hidden", "-pthread"]
 
 

@@ -130,6 +130,33 @@ static inline void good(struct worker *worker, struct command *command)
 	release(worker, command, RESPONSE_HEADER + moved);
 }
 
+/* A device has ended it, and says how. */
+static __attribute__((noinline)) void pass_on(struct worker *worker, struct command *command)
+{
+	const struct vfc_result *result = command->cmd.result;
+	struct {
+		struct answer_header header;
+		uint8_t sense[SENSE_ROOM];
+	} whole = {
+		.header = {
+			.sense_length = result->sense_length,
+			.residual = result->refused ? command->out_bytes + command->in_bytes : result->residual,
+			.status = result->status,
+			.response = result->response,
+		},
+	};
+
+	if (result->sense_length)
+		memcpy(whole.sense, result->sense, result->sense_length);
+	COUNT(worker, fast);
+	ADD(worker, read_bytes, result->moved);
+	if (command->cmd.op == VFC_OP_WRITE && !result->response)
+		ADD(worker, written_bytes, command->cmd.length - result->residual);
+	write_answer(command, &whole, sizeof(whole));
+	leave_route(worker, command);
+	release(worker, command, RESPONSE_HEADER + result->moved);
+}
+
 static void end_doomed(struct worker *worker, struct command *command)
 {
 	struct mail *waiter = command->waiter;
@@ -147,6 +174,8 @@ static inline void finish(struct worker *worker, struct command *command)
 		end_doomed(worker, command);
 	} else if (is_torn(worker, command)) {
 		command_respond(worker, command, VIRTIO_SCSI_S_FAILURE, 0);
+	} else if (command->cmd.result) {
+		pass_on(worker, command);
 	} else if (__builtin_expect(command->cmd.error, 0)) {
 		COUNT(worker, medium_errors);
 		command_punt(worker, command, VFC_WHY_MEDIUM);
@@ -402,7 +431,7 @@ static void end_punt(struct worker *worker, struct command *command)
 	command->state = COMMAND_FREE;
 }
 
-bool command_kill(struct worker *worker, struct command *command, uint8_t response)
+bool command_kill(struct worker *worker, struct command *command, uint8_t response, bool at_once)
 {
 	struct vfc_path_engine *engine;
 	bool control = command->ring->role == VFC_RING_CONTROL;
@@ -416,17 +445,21 @@ bool command_kill(struct worker *worker, struct command *command, uint8_t respon
 		end_punt(worker, command);
 		break;
 	case COMMAND_RUNNING:
-		if (command->doomed)
-			return false;
 		engine = command->cmd.path->engine;
+		if (command->doomed && !(engine->ops->runs_on && at_once))
+			return false;
 		engine->ops->cancel(engine, &command->cmd);
-		if (!engine->ops->abandon(engine, &command->cmd)) {
+		if ((engine->ops->runs_on && !at_once) || !engine->ops->abandon(engine, &command->cmd)) {
 			command->doomed = true;
 			command->doom = response;
 			return false;
 		}
 		worker->running--;
 		COUNT(worker, abandoned);
+		if (command->doomed) {
+			end_doomed(worker, command);
+			return true;
+		}
 		break;
 	default:
 		return true;

@@ -251,6 +251,10 @@ static inline __attribute__((always_inline)) unsigned run(struct worker *worker,
 			express++;
 		else
 			*express = *--end;
+	if (end > all) {
+		ring->last_header = (uintptr_t)all->header;
+		ring->last_answer = (uintptr_t)all->answer;
+	}
 	for (express = all; express < end;) {
 		if (__builtin_expect(!read_header(worker, express), 0)) {
 			*express = *--end;

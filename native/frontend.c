@@ -583,7 +583,7 @@ static int run(struct load *l)
 		if (err < 0)
 			break;
 		if (err) {
-			lane_hush(&l->lane);	/* the old used_event must not come round in 2^16 */
+			lane_stay_hushed(&l->lane);
 			continue;
 		}
 		if (!(l->job->flags & VFD_POLL) || !l->in_flight) {

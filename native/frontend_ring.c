@@ -254,6 +254,8 @@ static int next_split(struct lane *lane, uint32_t *ret_slot, uint32_t *ret_lengt
 	uint32_t head;
 
 	if (lane->seen == lane->used) {
+		/* Often another line than the index, and written just before it: both come at once. */
+		__builtin_prefetch(lane->ring->used + 4 + 8 * (size_t)(lane->used & (lane->ring->size - 1)));
 		lane->seen = load16(used16(lane, 1));
 		if (lane->seen == lane->used)
 			return 0;
@@ -305,10 +307,11 @@ int lane_next(struct lane *lane, uint32_t *ret_slot, uint32_t *ret_length)
 
 void lane_hush(struct lane *lane)
 {
+	lane->hushed = lane->used - 1;	/* an index that has passed */
 	if (is_packed(lane))
 		store16(avail16(lane, EVENT_FLAGS), EVENT_DISABLE);
-	else if (has_event_idx(lane))	/* an index that has passed */
-		store16(avail16(lane, 2 + lane->ring->size), lane->used - 1);
+	else if (has_event_idx(lane))
+		store16(avail16(lane, 2 + lane->ring->size), lane->hushed);
 	else
 		store16(avail16(lane, 0), AVAIL_NO_INTERRUPT);
 }

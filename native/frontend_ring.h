@@ -30,6 +30,7 @@ struct lane {
 	uint32_t out;		/* chains that the device has */
 	uint16_t avail, used;	/* split: free running; packed: the next descriptor's index */
 	uint16_t published;	/* split: avail idx as the device sees it */
+	uint16_t hushed;	/* split: used_event, where that says no interrupts */
 	uint16_t seen;		/* split: used idx as loaded last */
 	bool avail_wrap, used_wrap;	/* packed */
 	struct vfd_desc *held;	/* packed: a batch's first descriptor, whose flags are written last */
@@ -56,6 +57,12 @@ int lane_next(struct lane *lane, uint32_t *ret_slot, uint32_t *ret_length);
 
 /* No interrupts. */
 void lane_hush(struct lane *lane);
+/* Now and then after that: an index that has passed must not come round in 2^16. */
+static inline void lane_stay_hushed(struct lane *lane)
+{
+	if ((uint16_t)(lane->used - lane->hushed) > 1 << 14)
+		lane_hush(lane);
+}
 /* An interrupt at the next used chain; false: there is one already. */
 bool lane_arm(struct lane *lane);
 

@@ -106,6 +106,8 @@ void mailbox_post(struct mailbox *box, struct mail *mail)
 	was_empty = !box->first;
 	*box->last = mail;
 	box->last = &mail->next;
+	if (mail->kind == MAIL_MESSAGE)
+		atomic_store_explicit(&box->pressing, true, memory_order_relaxed);
 	pthread_mutex_unlock(&box->lock);
 	if (was_empty)
 		ring_bell(box->wake_fd);
@@ -121,6 +123,7 @@ struct mail *mailbox_take(struct mailbox *box)
 	first = box->first;
 	box->first = NULL;
 	box->last = &box->first;
+	atomic_store_explicit(&box->pressing, false, memory_order_relaxed);
 	pthread_mutex_unlock(&box->lock);
 	return first;
 }

@@ -6,6 +6,7 @@
 #ifndef VFC_MAILBOX_H
 #define VFC_MAILBOX_H
 #include <pthread.h>
+#include <stdatomic.h>
 #include <stdbool.h>
 #include <stdint.h>
 
@@ -37,6 +38,7 @@ struct mailbox {
 	/* to the worker */
 	struct mail *first, **last;
 	int wake_fd;
+	atomic_bool pressing;	/* there is a message among them: others wait until it is in force */
 	/* to Python: what cannot wait overtakes the punts */
 	struct note *urgent, **urgent_last;
 	struct note *punts, **punts_last;
@@ -49,6 +51,11 @@ int mailbox_open(struct mailbox *box);
 void mailbox_close(struct mailbox *box);
 
 void mailbox_post(struct mailbox *box, struct mail *mail);
+/* Whether a message waits; for a busy worker, which does not ask wake_fd each time. */
+static inline bool mailbox_presses(const struct mailbox *box)
+{
+	return atomic_load_explicit(&box->pressing, memory_order_relaxed);
+}
 /* All that came, oldest first; clears wake_fd. */
 struct mail *mailbox_take(struct mailbox *box);
 /* Lets go of what an unprocessed mail holds. */

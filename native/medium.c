@@ -11,6 +11,7 @@
 #include <unistd.h>
 
 #include "medium.h"
+#include "sg.h"
 
 static int map_memory(struct vfc_medium *medium, int fd)
 {
@@ -95,5 +96,6 @@ void vfc_medium_put(struct vfc_medium *medium)
 	if (medium->fd >= 0)
 		close(medium->fd);
 	vfc_latch_put(medium->latch);
+	sg_unit_free(medium->sg);
 	free(medium);
 }

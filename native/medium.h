@@ -22,7 +22,8 @@ struct vfc_medium {
 	uint64_t bytes;
 	uint8_t *memory;	/* MEMORY */
 	struct guard *guard;	/* MEMORY */
-	struct vfc_latch *latch;	/* all but NULL */
+	struct vfc_latch *latch;	/* all but NULL and SG */
+	struct sg_unit *sg;	/* SG */
 };
 
 struct vfc_medium *medium_hold(struct vfc_medium *medium);

@@ -24,18 +24,22 @@ enum vfc_submit {
 	VFC_BUSY = 2,		/* a latch or a limit: park it, try again */
 };
 
+#define VFC_NO_SLOT (-1)
+
 enum vfc_op { VFC_OP_READ, VFC_OP_WRITE, VFC_OP_FLUSH };
 
 struct vfc_path_ops;
+struct bounce;
 
 /* The one engine of a kind that a worker has; each kind embeds it first. */
 struct vfc_path_engine {
 	const struct vfc_path_ops *ops;
 };
 
-/* A word of the latch that reads of this path hold together. */
-struct vfc_readers {
-	uint16_t count;		/* under way */
+/* A word of the latch that I/O of this path holds together. */
+struct vfc_holders {
+	struct bounce *first;	/* of what is under way */
+	uint16_t count;		/* of it */
 	uint16_t ever;		/* since the word was taken: others want it as well, one day */
 };
 
@@ -44,8 +48,22 @@ struct vfc_path {
 	struct vfc_path_engine *engine;
 	struct vfc_medium *medium;
 	uint32_t nexus, epoch;
-	struct vfc_readers *readers;	/* by word, made when the first is needed */
+	struct vfc_holders *holders;	/* by word, made when the first is needed */
+	uint16_t pass, passed;	/* reads that do not ask the page cache first: so many, and how many did not */
+	int32_t slot;		/* the engine's own: 0 nothing was tried yet, VFC_NO_SLOT */
 	uint32_t busy;		/* operations that may still touch the medium, abandoned ones included; the engine counts */
+	void *own;		/* the engine's, from open() to close() */
+};
+
+/* How a device ended a command that went to it as it was. */
+struct vfc_result {
+	uint8_t response;	/* virtio-scsi */
+	uint8_t status;		/* SAM */
+	uint8_t sense_length;
+	bool refused;		/* it has not begun: nothing was moved */
+	uint32_t residual;
+	uint32_t moved;		/* bytes of data-in */
+	const uint8_t *sense;
 };
 
 /* What a path sees of a command; embedded in the ring's pool entry. */
@@ -64,10 +82,16 @@ struct vfc_cmd {
 	uint32_t holder;	/* VFC_BUSY: who has the latch; 0: a limit was met */
 	uint64_t done;		/* bytes that a parked command has moved already; 0 on its first submit */
 	void *priv;		/* the path's own */
+	const struct vfc_result *result;	/* once finished; NULL: ->error tells all.  Good until the next submit() */
 };
 
 struct vfc_path_ops {
 	const char *name;
+	/* what is abandoned may still run: who only wants a command ended waits for it, who has to leave does not */
+	bool runs_on;
+	/* a path begins and ends, with nothing under way; NULL: nothing to be done.  0 or -errno */
+	int (*open)(struct vfc_path_engine *engine, struct vfc_path *path, uint32_t worker);
+	void (*close)(struct vfc_path_engine *engine, struct vfc_path *path);
 	/* VFC_DONE, VFC_QUEUED or VFC_BUSY */
 	enum vfc_submit (*submit)(struct vfc_path_engine *engine, struct vfc_cmd *cmd);
 	/* hand what submit() gathered to the kernel; once a batch */
@@ -81,6 +105,8 @@ struct vfc_path_ops {
 	int (*wait_fd)(struct vfc_path_engine *engine);
 	/* nothing is under way, not even what was abandoned: the engine may be freed */
 	bool (*idle)(struct vfc_path_engine *engine);
+	/* NULL, or: this path goes; nothing is under way on it */
+	void (*leave)(struct vfc_path_engine *engine, struct vfc_path *path);
 };
 
 #endif

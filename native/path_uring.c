@@ -2,15 +2,28 @@
  * path_uring.c - files and block devices through io_uring: one ring per worker, shared by its routes.
  *
  * submit() only prepares; flush() hands a batch to the kernel.  The ring's own fd is what a worker waits for.
+ *
+ * What the kernel needs not do again for every I/O is done once: each route's file is registered (the kernel then takes
+ * no reference of its own for an I/O), and completions are worked off when the worker asks for them, by itself, instead
+ * of whenever they interrupt it (IORING_SETUP_DEFER_TASKRUN, Linux 6.1).
  */
+#define _GNU_SOURCE
 #include <errno.h>
 #include <liburing.h>
 #include <stdlib.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 #include "bounce.h"
 #include "worker.h"
 
 #define ENTRIES 256
+#define FILES 256	/* registered at a time; routes beyond that go by their descriptors */
+/*
+ * Of Linux 6.14.  Since 6.13 a file that is taken out of the table is let go of when its own last I/O is done; before,
+ * that waited for others' I/O and, for a second, for nothing, and an ack says that our hold is gone (see route.c).
+ */
+#define FEATURE_RW_ATTR (1u << 16)
 
 struct uring {
 	struct vfc_path_engine base;
@@ -18,11 +31,56 @@ struct uring {
 	struct io_uring ring;
 	struct bounce *again;	/* the rest of short ones, waiting for room in the ring */
 	unsigned cancels;	/* that the kernel has yet to answer */
+	bool enabled;		/* the worker's thread has made it its own */
+	bool registers;		/* there is a table of files */
+	uint64_t taken[FILES / 64];	/* of its slots */
 };
 
 static struct uring *uring_of(struct vfc_path_engine *engine)
 {
 	return (struct uring *)engine;	/* its first member */
+}
+
+/* Whoever enables the ring is the one who may submit: not the thread that made it. */
+static void enable(struct uring *uring)
+{
+	/* liburing 2.3 declares a function for it and does not export it. */
+	if (uring->ring.flags & IORING_SETUP_R_DISABLED)
+		syscall(SYS_io_uring_register, uring->ring.ring_fd, IORING_REGISTER_ENABLE_RINGS, NULL, 0);
+	uring->registers = uring->ring.features & FEATURE_RW_ATTR && !io_uring_register_files_sparse(&uring->ring, FILES);
+	uring->enabled = true;
+}
+
+/* A slot for this path's file, if there is one left. */
+static void register_file(struct uring *uring, struct vfc_path *path)
+{
+	int fd = path->medium->fd;
+
+	path->slot = VFC_NO_SLOT;
+	for (uint32_t i = 0; uring->registers && i < FILES / 64; i++) {
+		unsigned bit = (unsigned)__builtin_ctzll(~uring->taken[i]);
+
+		if (uring->taken[i] == UINT64_MAX)
+			continue;
+		if (io_uring_register_files_update(&uring->ring, i * 64 + bit, &fd, 1) != 1)
+			return;
+		uring->taken[i] |= 1ull << bit;
+		path->slot = (int32_t)(i * 64 + bit) + 1;
+		return;
+	}
+}
+
+static void leave(struct vfc_path_engine *engine, struct vfc_path *path)
+{
+	struct uring *uring = uring_of(engine);
+	uint32_t slot = (uint32_t)path->slot - 1;
+	int none = -1;
+
+	if (path->slot <= 0)
+		return;
+	io_uring_register_files_update(&uring->ring, slot, &none, 1);
+	uring->taken[slot / 64] &= ~(1ull << (slot % 64));
+	path->slot = 0;
 }
 
 static struct io_uring_sqe *get_sqe(struct uring *uring)
@@ -40,7 +98,8 @@ static bool prepare(struct uring *uring, struct bounce *bounce)
 	struct io_uring_sqe *sqe = get_sqe(uring);
 	uint8_t *data = bounce->data + bounce->done;
 	unsigned length = (unsigned)(bounce->length - bounce->done);
-	int fd = bounce->medium->fd;
+	bool registered = bounce->path->slot > 0;
+	int fd = registered ? bounce->path->slot - 1 : bounce->medium->fd;
 
 	if (!sqe)
 		return false;
@@ -56,6 +115,8 @@ static bool prepare(struct uring *uring, struct bounce *bounce)
 	default:
 		io_uring_prep_fsync(sqe, fd, IORING_FSYNC_DATASYNC);
 	}
+	if (registered)
+		sqe->flags |= IOSQE_FIXED_FILE;
 	io_uring_sqe_set_data(sqe, bounce);
 	return true;
 }
@@ -66,6 +127,10 @@ static enum vfc_submit submit(struct vfc_path_engine *engine, struct vfc_cmd *cm
 	struct bounce *bounce;
 	enum vfc_submit verdict = bounce_begin(&uring->pool, cmd, &bounce);
 
+	if (__builtin_expect(!uring->enabled, 0))
+		enable(uring);
+	if (__builtin_expect(!cmd->path->slot, 0))
+		register_file(uring, cmd->path);
 	if (verdict == VFC_QUEUED && !prepare(uring, bounce)) {
 		bounce->next = uring->again;
 		uring->again = bounce;
@@ -86,7 +151,7 @@ static void flush(struct vfc_path_engine *engine)
 	}
 	/* EBUSY or EAGAIN: the kernel wants completions reaped first, which is what comes next. */
 	if (io_uring_sq_ready(&uring->ring))
-		io_uring_submit(&uring->ring);
+		io_uring_submit_and_get_events(&uring->ring);
 }
 
 static unsigned reap(struct vfc_path_engine *engine, struct vfc_cmd **done, unsigned max)
@@ -160,18 +225,27 @@ static const struct vfc_path_ops ops = {
 	.abandon = abandon,
 	.wait_fd = wait_fd,
 	.idle = idle,
+	.leave = leave,
 };
 
 int path_uring_new(struct vfc_path_engine **ret_engine)
 {
-	struct io_uring_params params = { .flags = IORING_SETUP_CLAMP };
+	static const unsigned ways[] = {
+		IORING_SETUP_R_DISABLED | IORING_SETUP_SINGLE_ISSUER | IORING_SETUP_COOP_TASKRUN |
+			IORING_SETUP_TASKRUN_FLAG,	/* Linux 6.0 */
+		0,
+	};
+	struct io_uring_params params;
 	struct uring *uring = calloc(1, sizeof(*uring));
-	int error;
+	int error = -EINVAL;
 
 	if (!uring)
 		return -ENOMEM;
 	uring->base.ops = &ops;
-	error = io_uring_queue_init_params(ENTRIES, &uring->ring, &params);
+	for (size_t i = 0; i < sizeof(ways) / sizeof(ways[0]) && error == -EINVAL; i++) {
+		params = (struct io_uring_params){ .flags = IORING_SETUP_CLAMP | ways[i] };
+		error = io_uring_queue_init_params(ENTRIES, &uring->ring, &params);
+	}
 	/* Without NODROP (Linux 5.5) a completion could be lost. */
 	if (!error && !(params.features & IORING_FEAT_NODROP)) {
 		io_uring_queue_exit(&uring->ring);

@@ -19,6 +19,7 @@
 #define VIRTIO_SCSI_F_INOUT 0
 #define VIRTIO_SCSI_F_T10_PI 3
 #define EVENT_BYTES 16	/* struct virtio_scsi_event */
+#define WATCH 32	/* looks at a ring that is watched, at a time */
 
 static void signal_fd(int fd)
 {
@@ -210,6 +211,26 @@ static int take_control(struct worker *worker, struct ring *ring)
 	return more;
 }
 
+/*
+ * Watch a ring closely for a moment, where nothing else is to be done.  A driver that has few commands mostly uses the
+ * same memory for the next one: while the cache looks for the ring's, it can bring that as well.
+ */
+static bool watch(struct worker *worker, const struct ring *ring)
+{
+	if (!worker->poll_ns || ring->role != VFC_RING_REQUEST || worker->running || worker->parked ||
+	    worker->unsettled || worker->stopping || worker->draining || worker->credit < 0 || worker_any_active(worker))
+		return false;
+	worker->credit -= WATCH / 4;
+	for (unsigned i = 0; i < WATCH; i++) {
+		if (!vq_waiting(&ring->vq))
+			continue;
+		__builtin_prefetch((const void *)(uintptr_t)ring->last_header);
+		__builtin_prefetch((const void *)(uintptr_t)ring->last_answer, 1);
+		return true;
+	}
+	return false;
+}
+
 /* Whether an empty ring is looked at again without a kick: while it is polled, or when something came after all. */
 static bool goes_on(struct worker *worker, struct ring *ring)
 {
@@ -225,12 +246,20 @@ static bool goes_on(struct worker *worker, struct ring *ring)
 	return vq_rearm(&ring->vq);
 }
 
-/* One batch.  The ring stays active until it was found empty after its notifications were armed again. */
+static inline void deactivate(struct worker *worker, const struct ring *ring)
+{
+	worker->active[ring->index / 64] &= ~(1ull << (ring->index % 64));
+}
+
+/*
+ * One batch, and those that come at once after it where nothing else is to be done.  The ring stays active until it was
+ * found empty after its notifications were armed again.
+ */
 void ring_run(struct worker *worker, struct ring *ring)
 {
 	int more;
 
-	worker->active[ring->index / 64] &= ~(1ull << (ring->index % 64));
+	deactivate(worker, ring);
 	if (!runs(ring))
 		return;
 	if (guard_any_torn() && vq_torn(&ring->vq)) {
@@ -245,8 +274,11 @@ void ring_run(struct worker *worker, struct ring *ring)
 		ring->armed = false;
 		vq_suppress(&ring->vq);
 	}
-	more = ring->role == VFC_RING_CONTROL ? take_control(worker, ring) : intake_run(worker, ring);
-	ring_publish_all(worker);
+	do {
+		more = ring->role == VFC_RING_CONTROL ? take_control(worker, ring) : intake_run(worker, ring);
+		ring_publish_all(worker);
+		deactivate(worker, ring);
+	} while (!more && watch(worker, ring));
 	if (more < 0)
 		ring_break(worker, ring, more);
 	else if (!ring->broken && (more || goes_on(worker, ring)))
@@ -339,7 +371,7 @@ void ring_kill_all(struct worker *worker, struct ring *ring)
 {
 	for (uint32_t head = 0; ring->in_flight && head < ring->pool_size; head++)
 		if (ring->pool[head].state != COMMAND_FREE)
-			command_kill(worker, &ring->pool[head], VIRTIO_SCSI_S_RESET);
+			command_kill(worker, &ring->pool[head], VIRTIO_SCSI_S_RESET, true);
 }
 
 void ring_settle(struct worker *worker, struct ring *ring, uint64_t now)

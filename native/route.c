@@ -47,10 +47,18 @@ static struct route *make(struct worker *worker, struct vfc_route *wish)
 	route->path.medium = medium;
 	if (!medium)
 		return route;
-	route->path.engine = medium->kind == VFC_MEDIUM_MEMORY || medium->kind == VFC_MEDIUM_NULL ? worker->media :
-												      worker->files;
 	for (size_t i = 0; i < sizeof(route->mask); i++)
 		route->mask[i] = wish->mask[i];
+	if (medium->kind == VFC_MEDIUM_SG) {
+		route->path.engine = worker_sg(worker);
+		if (route->path.engine && !route->path.engine->ops->open(route->path.engine, &route->path, worker->index))
+			return route;
+		vfc_medium_put(medium);
+		free(route);
+		return NULL;
+	}
+	route->path.engine = medium->kind == VFC_MEDIUM_MEMORY || medium->kind == VFC_MEDIUM_NULL ? worker->media :
+												      worker->files;
 	vscsi_limit_mask(route->mask, wish->flags & VFC_ROUTE_READ_ONLY);
 	return route;
 }
@@ -59,8 +67,10 @@ static void free_route(struct route *route)
 {
 	if (!route)
 		return;
+	if (route->path.own)
+		route->path.engine->ops->close(route->path.engine, &route->path);
 	vfc_medium_put(route->path.medium);
-	free(route->path.readers);
+	free(route->path.holders);
 	free(route);
 }
 
@@ -79,7 +89,7 @@ static void turn_over(struct worker *worker, struct route *old, uint8_t in_fligh
 			if (vscsi_dispatch(worker, command))
 				command_submit(worker, command);
 		} else {
-			command_kill(worker, command, response);
+			command_kill(worker, command, response, true);
 		}
 	}
 	if (in_flight == VFC_FINISH)
@@ -90,7 +100,7 @@ static void turn_over(struct worker *worker, struct route *old, uint8_t in_fligh
 		for (uint32_t head = 0; ring && ring->in_flight && head < ring->pool_size; head++) {
 			command = &ring->pool[head];
 			if (command->state == COMMAND_RUNNING && command->route == old)
-				command_kill(worker, command, response);
+				command_kill(worker, command, response, true);
 		}
 	}
 }
@@ -166,6 +176,8 @@ void route_settle(struct worker *worker)
 			continue;
 		}
 		*link = route->next;
+		if (route->path.engine && route->path.engine->ops->leave)
+			route->path.engine->ops->leave(route->path.engine, &route->path);
 		/* First the medium, then the ack: after it the fabric may count on our hold being gone. */
 		struct mail *mail = route->ack;
 

@@ -79,7 +79,8 @@ enum vfc_medium_kind {
 	VFC_MEDIUM_MEMORY = 1,	/* fd is mapped; one copy moves the data */
 	VFC_MEDIUM_FILE = 2,	/* file or block device through the page cache */
 	VFC_MEDIUM_DIRECT = 3,	/* the same with O_DIRECT; fd was opened so */
-	VFC_MEDIUM_NULL = 4	/* no fd; reads give zeros only where asked, moves no data */
+	VFC_MEDIUM_NULL = 4,	/* no fd; reads give zeros only where asked, moves no data */
+	VFC_MEDIUM_SG = 5	/* /dev/sgN, made by vfc_sg_medium_new(): takes commands, not blocks */
 };
 
 struct vfc_medium_setup {

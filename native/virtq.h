@@ -156,6 +156,20 @@ static inline void vq_push_packed(struct vq *vq, uint16_t id, uint32_t length)
 	vq->next_used = (uint16_t)at;
 }
 
+/* Whether vq_take() would find something; asks the cache for where. */
+static inline bool vq_waiting(const struct vq *vq)
+{
+	uint16_t flags;
+
+	if (!vq->packed) {
+		/* Often another line than the index, and written just before it: both come at once. */
+		__builtin_prefetch(vq->avail + VQ_RING_FIRST + (vq->next_avail & vq->mask));
+		return __atomic_load_n(&vq->avail[VQ_RING_IDX], __ATOMIC_RELAXED) != vq->next_avail;
+	}
+	flags = __atomic_load_n(&vq_words(vq, vq->next_avail)[VQ_WORD_FLAGS], __ATOMIC_RELAXED);
+	return (flags & (VQ_DESC_AVAIL | VQ_DESC_USED)) == (vq->avail_wrap ? VQ_DESC_AVAIL : VQ_DESC_USED);
+}
+
 /* One store of the index; true: the driver wants a signal. */
 bool vq_publish(struct vq *vq);
 

@@ -97,10 +97,12 @@ unsigned packed_take(struct vq *vq, uint16_t *ret_ids, unsigned max, int *ret_er
 	for (; count < max; count++) {
 		const uint16_t *words = vq_words(vq, at);
 		/* Acquire: as in next(). */
-		uint16_t flags = __atomic_load_n(&words[VQ_WORD_FLAGS], __ATOMIC_ACQUIRE);
-		uint16_t id = __atomic_load_n(&words[VQ_WORD_ID], __ATOMIC_RELAXED);
+		uint16_t flags = __atomic_load_n(&words[VQ_WORD_FLAGS], __ATOMIC_ACQUIRE), id = vq->size;
 
-		if (flags & VQ_DESC_NEXT || !available(vq, flags) || id >= vq->size || vq->places[id].count) {
+		/* The other words of one that is not available are still the driver's. */
+		if (!(flags & VQ_DESC_NEXT) && available(vq, flags))
+			id = __atomic_load_n(&words[VQ_WORD_ID], __ATOMIC_RELAXED);
+		if (id >= vq->size || vq->places[id].count) {
 			vq->next_avail = (uint16_t)at;
 			*ret_error = next(vq, &ret_ids[count]);
 			if (*ret_error <= 0)

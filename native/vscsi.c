@@ -118,6 +118,31 @@ static inline enum vfc_why examine(const struct worker *worker, const struct com
 	return 0;
 }
 
+/*
+ * To a device that takes commands as they are: nothing is looked at but what Python wants to see itself.  Linux's
+ * interface knows no task attributes, so each goes as SIMPLE, as it does from any program on a host.
+ */
+static __attribute__((noinline)) bool pass_through(struct worker *worker, struct command *command, struct route *route)
+{
+	const uint8_t *cdb = command->header + HEADER_CDB;
+	struct vfc_cmd *cmd = &command->cmd;
+
+	if (!(route->mask[cdb[0] / 8] >> (cdb[0] % 8) & 1)) {
+		command_punt(worker, command, VFC_WHY_OPCODE);
+		return false;
+	}
+	*cmd = (struct vfc_cmd){
+		.path = &route->path,
+		.op = command->in_bytes ? VFC_OP_READ : command->out_bytes ? VFC_OP_WRITE : VFC_OP_FLUSH,
+		.cdb = cdb,
+		.cdb_length = 32,
+		.iov = command->in_bytes ? command->in : command->out,
+		.iov_count = command->in_bytes ? command->in_pieces : command->out_pieces,
+		.length = command->in_bytes ? command->in_bytes : command->out_bytes,
+	};
+	return true;
+}
+
 /* True: the path is next. */
 static inline bool run(struct worker *worker, struct command *command, struct route *route)
 {
@@ -125,6 +150,8 @@ static inline bool run(struct worker *worker, struct command *command, struct ro
 	struct vfc_cmd *cmd = &command->cmd;
 	enum vfc_why why;
 
+	if (route->path.medium && route->path.medium->kind == VFC_MEDIUM_SG)
+		return pass_through(worker, command, route);
 	if (__builtin_expect(command->header[HEADER_ATTRIBUTE] != ATTRIBUTE_SIMPLE, 0)) {
 		command_punt(worker, command, VFC_WHY_ATTRIBUTE);
 		return false;
@@ -146,6 +173,7 @@ static inline bool run(struct worker *worker, struct command *command, struct ro
 	cmd->cdb = cdb;
 	cmd->cdb_length = 32;
 	cmd->error = 0;
+	cmd->result = NULL;
 	cmd->done = 0;
 	if (cmd->op == VFC_OP_WRITE) {
 		cmd->iov = command->out;

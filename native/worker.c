@@ -19,6 +19,7 @@
 #define EVENTS 64
 #define TAG_MAILBOX VFC_MAX_RINGS
 #define TAG_FILES (VFC_MAX_RINGS + 1)
+#define TAG_SG (VFC_MAX_RINGS + 2)
 #define NS_PER_MS 1000000ull
 
 uint64_t worker_now(void)
@@ -146,7 +147,7 @@ static void abort_or_query(struct worker *worker, struct mail *mail)
 			if (!matches(command, match))
 				continue;
 			count++;
-			if (mail->msg.kind == VFC_MSG_ABORT && !command_kill(worker, command, match->response)) {
+			if (mail->msg.kind == VFC_MSG_ABORT && !command_kill(worker, command, match->response, false)) {
 				command->waiter = mail;
 				mail->waiting++;
 			}
@@ -289,10 +290,10 @@ static void messages(struct worker *worker)
 
 /* ---------------------------------------------------------------- the loop */
 
-static unsigned reap(struct worker *worker)
+static unsigned reap(struct worker *worker, struct vfc_path_engine *engine)
 {
 	struct vfc_cmd *done[BATCH];
-	unsigned count = worker->files->ops->reap(worker->files, done, BATCH);
+	unsigned count = engine->ops->reap(engine, done, BATCH);
 
 	for (unsigned i = 0; i < count; i++) {
 		struct command *command = (struct command *)done[i];	/* its first member */
@@ -302,14 +303,6 @@ static unsigned reap(struct worker *worker)
 		command_finish(worker, command);
 	}
 	return count;
-}
-
-static bool any_active(const struct worker *worker)
-{
-	for (size_t i = 0; i < VFC_MAX_RINGS / 64; i++)
-		if (worker->active[i])
-			return true;
-	return false;
 }
 
 /* A ring with many commands does not keep one waiting that has few, and is looked at all the time. */
@@ -392,7 +385,17 @@ static void wait_for_work(struct worker *worker, int timeout)
 				ring_activate(worker, worker->rings[i]);
 }
 
-/* Nothing of ours may be under way in the kernel when the thread ends. */
+struct vfc_path_engine *worker_sg(struct worker *worker)
+{
+	struct epoll_event completions = { .events = EPOLLIN, .data.u32 = TAG_SG };
+
+	if (worker->sg || path_sg_new(&worker->sg))
+		return worker->sg;
+	epoll_ctl(worker->epoll_fd, EPOLL_CTL_ADD, worker->sg->ops->wait_fd(worker->sg), &completions);
+	return worker->sg;
+}
+
+/* Nothing of ours may be under way in the kernel when the thread ends, but what needs nothing of ours (path_sg.c). */
 static void wind_up(struct worker *worker)
 {
 	const struct vfc_path_ops *ops = worker->files->ops;
@@ -406,7 +409,7 @@ static void wind_up(struct worker *worker)
 
 		ops->flush(worker->files);
 		poll(&waiting, 1, 10);
-		reap(worker);
+		reap(worker, worker->files);
 	}
 	ring_publish_all(worker);
 }
@@ -422,15 +425,17 @@ void *worker_main(void *argument)
 	epoll_ctl(worker->epoll_fd, EPOLL_CTL_ADD, worker->box.wake_fd, &mailbox);
 	epoll_ctl(worker->epoll_fd, EPOLL_CTL_ADD, files->wait_fd(worker->files), &completions);
 	while (!worker->quit) {
-		bool busy = any_active(worker);
+		bool busy = worker_any_active(worker);
 
 		if (!busy)
 			wait_for_work(worker, patience(worker));
-		else if ((worker->credit -= TURN) < 0)
+		else if ((worker->credit -= TURN) < 0 || mailbox_presses(&worker->box))
 			wait_for_work(worker, 0);
 		run_active(worker);
 		files->flush(worker->files);
-		reap(worker);
+		reap(worker, worker->files);
+		if (worker->sg)
+			reap(worker, worker->sg);
 		/* What was reaped may be what others waited for: they go before what comes new. */
 		if (worker->parked)
 			command_retry(worker, worker_now());
@@ -449,6 +454,8 @@ void worker_free(struct worker *worker)
 	for (uint32_t i = 0; i < VFC_MAX_RINGS; i++)
 		ring_free(worker, worker->rings[i]);
 	route_free_all(worker);
+	if (worker->sg)
+		path_sg_free(worker->sg);
 	while (worker->old_views) {
 		struct view *view = worker->old_views;
 

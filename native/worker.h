@@ -8,6 +8,7 @@
  *	express.c the few commands that are nearly all of them, from the ring to the used ring in one go
  *	command.c the life of one command: run, parked, punted, answered
  *	vscsi.c   what a virtio-scsi request says
+ *	path_*.c  where commands go: memory, files, and (path_sg.c) devices that take them as they are
  *
  * Everything here belongs to the worker's thread but what is marked (any thread).
  */
@@ -35,6 +36,10 @@ enum {
 	VIRTIO_SCSI_S_ABORTED = 2,
 	VIRTIO_SCSI_S_BAD_TARGET = 3,
 	VIRTIO_SCSI_S_RESET = 4,
+	VIRTIO_SCSI_S_BUSY = 5,
+	VIRTIO_SCSI_S_TRANSPORT_FAILURE = 6,
+	VIRTIO_SCSI_S_TARGET_FAILURE = 7,
+	VIRTIO_SCSI_S_NEXUS_FAILURE = 8,
 	VIRTIO_SCSI_S_FAILURE = 9,
 };
 #define SAM_TASK_SET_FULL 0x28	/* SAM-5 5.3.1 */
@@ -112,6 +117,7 @@ struct ring {
 	bool armed;		/* the driver is asked for kicks */
 	bool shallow;		/* few commands at a time lately */
 	uint64_t empty_since;	/* ns; 0: there was work at the last look */
+	uintptr_t last_header, last_answer;	/* where a command was: no more than a guess at the next, never used */
 	int kick_fd, call_fd, err_fd;
 	uint32_t in_flight;
 	struct command *pool;	/* by head */
@@ -144,6 +150,7 @@ struct worker {
 	int epoll_fd;
 	struct vfc_path_engine *media;	/* memory and null */
 	struct vfc_path_engine *files;	/* file and direct: io_uring or a pool of threads */
+	struct vfc_path_engine *sg;	/* /dev/sgN; made when the first route leads there */
 	uint32_t running;	/* commands with a path */
 	struct ring *rings[VFC_MAX_RINGS];
 	uint64_t active[VFC_MAX_RINGS / 64];	/* rings that may have something, or are polled */
@@ -180,6 +187,8 @@ struct worker {
 
 uint64_t worker_now(void);	/* ns, CLOCK_MONOTONIC */
 void *worker_main(void *worker);
+/* The engine for /dev/sgN, made at the first call; NULL: no memory or descriptor is left. */
+struct vfc_path_engine *worker_sg(struct worker *worker);
 void worker_free(struct worker *worker);
 /* Tells Python; an event that finds no memory is lost, as are those that nobody reads. */
 void worker_say(struct worker *worker, uint32_t kind, uint32_t index, int32_t result, uint32_t value);
@@ -206,6 +215,14 @@ void ring_free(struct worker *worker, struct ring *ring);
 static inline void ring_activate(struct worker *worker, const struct ring *ring)
 {
 	worker->active[ring->index / 64] |= 1ull << (ring->index % 64);
+}
+
+static inline bool worker_any_active(const struct worker *worker)
+{
+	for (size_t i = 0; i < VFC_MAX_RINGS / 64; i++)
+		if (worker->active[i])
+			return true;
+	return false;
 }
 
 static inline void ring_mark_dirty(struct worker *worker, struct ring *ring)
@@ -240,8 +257,11 @@ void command_drop(struct worker *worker, struct command *command);
 void command_respond(struct worker *worker, struct command *command, uint8_t response, uint8_t status);
 void command_punt(struct worker *worker, struct command *command, enum vfc_why why);
 void command_submit(struct worker *worker, struct command *command);
-/* Answers a command in any state; false: when the path gives it back. */
-bool command_kill(struct worker *worker, struct command *command, uint8_t response);
+/*
+ * Answers a command in any state; false: when the path gives it back.  at_once: we have to leave, so not even a device
+ * that may still run it is waited for.
+ */
+bool command_kill(struct worker *worker, struct command *command, uint8_t response, bool at_once);
 void command_reply(struct worker *worker, const struct mail *mail);
 /* Tries parked commands again. */
 void command_retry(struct worker *worker, uint64_t now);
@@ -304,5 +324,7 @@ int path_uring_new(struct vfc_path_engine **ret_engine);
 void path_uring_free(struct vfc_path_engine *engine);
 int path_pool_new(struct vfc_path_engine **ret_engine);
 void path_pool_free(struct vfc_path_engine *engine);
+int path_sg_new(struct vfc_path_engine **ret_engine);
+void path_sg_free(struct vfc_path_engine *engine);
 
 #endif

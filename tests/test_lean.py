@@ -24,10 +24,11 @@ assert structlog.stdlib.BoundLogger and "structlog.stdlib" not in there
 print(json.dumps(there))
 """
 SERVE = "from vhostfc import config, log; from vhostfc.daemon import fdsocket, hba, notify"
+EMULATED, HBA = f"{SERVE}; import vhostfc.ports.emulated", f"{SERVE}; import vhostfc.daemon.helped, vhostfc.ports.npiv"
 FABRIC = "from vhostfc import config, log; from vhostfc.daemon import fabricd"
 
 
-@pytest.mark.parametrize("imports", [SERVE, FABRIC], ids=["serve", "fabric"])
+@pytest.mark.parametrize("imports", [EMULATED, HBA, FABRIC], ids=["serve", "serve on an HBA", "fabric"])
 def test_imports_nothing_that_is_not_used(imports: str) -> None:
     """No event loop but trio's, nothing of the tests', nothing of the driver's side, no netlink; yet it works."""
     done = subprocess.run(

@@ -19,14 +19,15 @@ import trio
 
 from tests.lab.san import San, UnitSpec
 from vhostfc.daemon.notify import LISTEN_FDS_START
+from vhostfc.daemon.setup import FILES
 from vhostfc.frontend.driver import ScsiDriver
 from vhostfc.frontend.probe import probe
 
 SYSTEMD = Path(__file__).resolve().parent.parent / "systemd"
-SERVICES = ("vhostfc@.service", "vhostfc-fabric.service")
-UNITS = (*SERVICES, "vhostfc@.socket")
+SERVICES = ("vhostfc@.service", "vhostfc-fabric.service", "vhostfc-helper.service")
+UNITS = (*SERVICES, "vhostfc@.socket", "vhostfc-helper.socket")
 #: systemd-analyze's exposure, tenths of a point: 0 is safe, 100 is open; a service of a plain package has 96.
-EXPOSURE = {"vhostfc@.service": 6, "vhostfc-fabric.service": 10}
+EXPOSURE = {"vhostfc@.service": 6, "vhostfc-fabric.service": 10, "vhostfc-helper.service": 25}
 
 
 def unit(name: str) -> configparser.ConfigParser:
@@ -55,6 +56,19 @@ def test_systemd_finds_nothing_wrong(installed: Path) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
+def test_an_hba_adds_one_right_and_one_kind_of_node(installed: Path) -> None:
+    """What `vhostfc setup` adds to the adapters' unit."""
+    name = "etc/systemd/system/vhostfc@.service.d/50-hba.conf"
+    path = installed / name
+    path.parent.mkdir()
+    path.write_text(FILES[name])
+    unit_path = installed / "etc/systemd/system/vhostfc@.service"
+    done = analyze("verify", "--man=no", unit_path)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    done = analyze("security", "--offline=true", "--threshold=12", "--no-pager", unit_path)
+    assert done.returncode == 0, done.stdout
+
+
 def test_what_verify_would_say(installed: Path) -> None:
     """It does look: a misspelt key is told."""
     path = installed / "etc/systemd/system/vhostfc-fabric.service"
@@ -75,9 +89,9 @@ def test_what_a_service_may_do_is_little(installed: Path, name: str) -> None:
 
 def test_the_watchdog_leaves_time(installed: Path) -> None:
     for name in SERVICES:
-        service = unit(name)["Service"]
-        assert int(service["WatchdogSec"]) >= 30
-        assert service["Type"] == "notify"
+        assert unit(name)["Service"]["Type"] == "notify"
+    for name in ("vhostfc@.service", "vhostfc-fabric.service"):
+        assert int(unit(name)["Service"]["WatchdogSec"]) >= 30
 
 
 def test_adapter_and_socket_agree_with_the_defaults() -> None:

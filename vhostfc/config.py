@@ -51,13 +51,32 @@ class PortConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class HbaConfig:
+    """A vport of a physical HBA.  hosts, wwpns: its ports that may carry it, fabric: the fabric that they must be in;
+    nothing said: any.  dev_loss, fast_io_fail in seconds.  helper: the privileged process's socket."""
+
+    hosts: tuple[str, ...] = ()
+    wwpns: tuple[Wwn, ...] = ()
+    fabric: Wwn | None = None
+    dev_loss: int = 60
+    fast_io_fail: int = 5
+    keep: bool = False
+    guard: bool = True
+    survey: float = 30.0
+    helper: Path = Path("/run/vhostfc/helper.sock")
+
+
+@dataclass(frozen=True, slots=True)
 class AdapterConfig:
-    """One virtual adapter.  Times are in seconds, but for poll_us.  cpus: none, or one for each worker."""
+    """One virtual adapter.  Times are in seconds, but for poll_us.  cpus: none, or one for each worker.
+
+    Its fabric is `emulated`, or `hba`.
+    """
 
     path: Path
     name: str
     ports: tuple[PortConfig, ...]
-    emulated: Path
+    emulated: Path | None
     socket: Path
     control: Path
     state: Path
@@ -69,6 +88,7 @@ class AdapterConfig:
     cpus: tuple[int, ...] = ()
     poll_us: int = 50
     drain_timeout: float = 1.0
+    hba: HbaConfig | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,7 +202,9 @@ def load(path: Path, *, environ: Mapping[str, str] = os.environ) -> AdapterConfi
     document = Document(path)
     fabric = document.values.get("fabric")
     keys = set(document.values) | set(fabric if isinstance(fabric, dict) else ())
-    adapter = len(keys & {"port", "vhost", "emulated", "login", "fast_path", "hold_timeout", "command_timeout"})
+    adapter = len(
+        keys & {"port", "vhost", "emulated", "login", "fast_path", "hold_timeout", "command_timeout", *_PLACES}
+    )
     array = len(keys & {"target", "zone", "fcoe", "socket", "wwn", "fence_timeout", "fault", "seed"})
     if not adapter and not array:
         raise ConfigError(f"{path}:1: neither an adapter's file (with [[port]]) nor a fabric's (with [[target]])")
@@ -215,7 +237,8 @@ def _adapter(document: Document, environ: Mapping[str, str]) -> AdapterConfig:
         path=document.path,
         name=name,
         ports=tuple(ports),
-        emulated=fabric.need("emulated", path, Path(), 'emulated = "/run/vhostfc/fabric.sock", the fabric\'s socket'),
+        hba=(hba := _hba(fabric)),
+        emulated=None if hba else fabric.need("emulated", path, Path(), f"{_EMULATED}; {_OR_HBA}"),
         login=fabric.get("login", choice("always", "start"), "always"),
         fast_path=fabric.get("fast_path", boolean, True),
         hold_timeout=fabric.get("hold_timeout", seconds(0, 3600), 30.0),
@@ -232,6 +255,69 @@ def _adapter(document: Document, environ: Mapping[str, str]) -> AdapterConfig:
         table.finish()
     document.raise_problems()
     return config
+
+
+#: Keys that say which HBA ports carry the vport; one of them makes it an adapter of an HBA.
+_PLACES = ("parent", "parent_wwpn", "parents", "fabric_wwn")
+#: Keys that are for an adapter of an HBA only.
+_OF_HBA = ("dev_loss", "fast_io_fail", "keep", "guard", "survey", "helper")
+_EMULATED = 'emulated = "/run/vhostfc/fabric.sock", the fabric\'s socket'
+_OR_HBA = 'for an HBA parent = "host5", parent_wwpn, parents or fabric_wwn'
+
+
+def _hba(fabric: Table) -> HbaConfig | None:
+    """The HBA's side of [fabric]; None when it says nothing of an HBA."""
+    if not any(fabric.has(key) for key in _PLACES):
+        for key in _OF_HBA:
+            if fabric.has(key):
+                fabric.get(key, lambda value: value, None)
+                fabric.problem(key, f"is for an HBA's port; {_OR_HBA}")
+        return None
+    if fabric.has("emulated"):
+        fabric.problem("emulated", "and an HBA exclude each other: a port is on one fabric")
+        fabric.get("emulated", lambda value: value, None)
+    hosts, wwpns = list(fabric.each_or_one("parent", _host)), list(fabric.each_or_one("parent_wwpn", wwn))
+    for member in _parents_named(fabric) if fabric.has("parents") else ():
+        (wwpns if isinstance(member, Wwn) else hosts).append(member)  # type: ignore[arg-type]
+    config = HbaConfig(
+        hosts=tuple(hosts),
+        wwpns=tuple(wwpns),
+        fabric=fabric.get("fabric_wwn", wwn, None),
+        dev_loss=fabric.get("dev_loss", integer(1, 86400), 60),
+        fast_io_fail=fabric.get("fast_io_fail", integer(1, 600), 5),
+        keep=fabric.get("keep", boolean, False),
+        guard=fabric.get("guard", boolean, True),
+        survey=fabric.get("survey", seconds(1, 3600), 30.0),
+        helper=fabric.get("helper", _path_in(fabric.document.path), Path("/run/vhostfc/helper.sock")),
+    )
+    if config.fast_io_fail >= config.dev_loss:
+        fabric.problem("fast_io_fail", f"{config.fast_io_fail} s is not less than dev_loss, {config.dev_loss} s")
+    return config
+
+
+def _parents_named(fabric: Table) -> list[str | Wwn]:
+    """The members of a named set of HBA ports: parents.toml beside the adapter's file has a list for each name."""
+    name = fabric.get("parents", text, "")
+    file = fabric.document.path.parent / "parents.toml"
+    if not name:
+        return []
+    try:
+        sets = Document(file)
+    except ConfigError as error:
+        fabric.problem("parents", f"{name!r} is looked for in {file}: {error}")
+        return []
+    members = sets.root.each(name, lambda value: _host(value) if str(value).startswith("host") else wwn(value))
+    if not members:
+        fabric.problem("parents", f'{name!r} is no set in {file}; write {name} = ["host5", "21:00:..."] there')
+    for line, what in sets.problems:
+        fabric.problem("parents", f"{file}:{line}: {what}")
+    return members or []
+
+
+def _host(value: object) -> str:
+    if not isinstance(value, str) or not re.fullmatch(r"(scsi_)?host\d+", value):
+        raise ValueError(f'is {spelled(value)}; expected the name of a SCSI host, like "host5"')
+    return value.removeprefix("scsi_")
 
 
 def _cpus(vhost: Table, workers: int) -> tuple[int, ...]:

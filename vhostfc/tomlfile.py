@@ -243,6 +243,13 @@ class Table:
                 self.document.problem((*self.where, key, index), str(error))
         return members
 
+    def each_or_one(self, key: str, convert: Callable[[object], T]) -> list[T]:
+        """The members of an array, or the one value that stands there without brackets; none when it is absent."""
+        if isinstance(self._values.get(key), list):
+            return self.each(key, convert) or []
+        value = self.get(key, convert, None)
+        return [] if value is None else [value]
+
     def table(self, key: str) -> Table:
         """The table [key]; an empty one when it is absent."""
         self._known.append(key)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import itertools
+import mmap
 import os
 import subprocess
 from collections.abc import Callable, Iterator
@@ -315,4 +316,14 @@ async def test_a_cancelled_wait_keeps_nothing_of_it() -> None:
             await holding.take(0, 3 * LATCH_STRIPE // 512)
         assert medium.latch.take(8, 0, 512) is None
         assert medium.latch.take(8, LATCH_STRIPE, 512) == OWNER
+    medium.close()
+
+
+async def test_memory_that_was_only_read_is_no_more_mapped_than_before() -> None:
+    """The adapters' reads go through a mapping, and fill a hole with a page of zeros."""
+    medium = media.memory(SIZE, block_size=512, name="m")
+    await medium.write(8, b"x" * 512)
+    with mmap.mmap(medium.fd, SIZE) as mapping:
+        assert not any(mapping[i] for i in range(16 * 512, SIZE, 512))
+    assert await medium.extents(0, SIZE // 512) == [(0, 8, False), (8, 8, True), (16, SIZE // 512 - 16, False)]
     medium.close()

@@ -161,6 +161,7 @@ async def test_two_back_ends_in_turn(backend: FakeBackend, socket_path: Path, tm
 
 async def test_bench_verifies(backend: FakeBackend, socket_path: Path) -> None:
     """A write that goes astray is found and told, and counts as an error."""
+
     def stray(request: object, data: bytes, room: int) -> object:
         cdb = request.cdb  # type: ignore[attr-defined]
         if cdb[0] == 0x2A and int.from_bytes(cdb[2:6], "big") == 100 and cdb[8] == 2:

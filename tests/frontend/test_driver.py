@@ -97,7 +97,7 @@ async def test_task_management_and_notifications(backend: FakeBackend, socket_pa
         assert await driver.notifications(ControlType.AN_QUERY, 0, 0, 2) == (0, 0)
         assert await driver.control(b"\xff\xff\xff\xff", 1) == bytes([Response.FAILURE])
 
-    assert backend.controls[0].hex() == "00000000" "05000000" "0100400300000000" "0900000000000000"
+    assert backend.controls[0].hex() == "000000000500000001004003000000000900000000000000"
 
 
 async def test_events_arrive_and_buffers_return(backend: FakeBackend, socket_path: Path) -> None:
@@ -229,6 +229,7 @@ async def test_scan_finds_units_as_linux_does(socket_path: Path) -> None:
 
 async def test_scan_of_a_unit_without_capacity_fails_loudly(backend: FakeBackend, socket_path: Path) -> None:
     """A disk that does not tell its size is named."""
+
     def refuse(request: CommandRequest, data: bytes, room: int) -> object:
         return check(2, 4, 3) if request.cdb[0] == 0x9E else backend.execute(request, data, room)
 

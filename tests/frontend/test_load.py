@@ -273,6 +273,7 @@ async def test_back_end_that_goes_away_ends_it_at_once(
     backend: FakeBackend, driver: ScsiDriver, socket_path: Path
 ) -> None:
     """The load does not wait out its stall time."""
+
     def answer(request: CommandRequest, data: bytes, room: int) -> Outcome | None:
         if len(backend.commands) == 50:
             backend.hang_up()
@@ -292,6 +293,7 @@ async def test_broken_ring_ends_it_at_once(backend: FakeBackend, driver: ScsiDri
 
 async def test_nonsense_in_the_used_ring(backend: FakeBackend, driver: ScsiDriver, socket_path: Path) -> None:
     """An id that was never given out ends the load."""
+
     def answer(request: CommandRequest, data: bytes, room: int) -> Outcome | None:
         backend.use(2, 99, [], b"")
         return None
@@ -303,6 +305,7 @@ async def test_nonsense_in_the_used_ring(backend: FakeBackend, driver: ScsiDrive
 
 async def test_long_commands_and_high_addresses(backend: FakeBackend, socket_path: Path) -> None:
     """READ and WRITE of 16 bytes where the address needs it; 4096-byte blocks; FUA."""
+
     class Far(Disk):
         pass
 

@@ -237,9 +237,7 @@ async def test_all_descriptors_are_available_at_once(adapter: DaemonAdapter, att
     assert not attacker.queue.broken.is_set()
 
 
-@pytest.mark.parametrize(
-    "address", [0, 0x7000_0000_0000, 0xFFFF_FFFF_FFFF_F000], ids=["unmapped", "far", "wraps"]
-)
+@pytest.mark.parametrize("address", [0, 0x7000_0000_0000, 0xFFFF_FFFF_FFFF_F000], ids=["unmapped", "far", "wraps"])
 async def test_address_that_leads_nowhere(adapter: DaemonAdapter, attacker: Attacker, address: int) -> None:
     """Data outside memory: the command fails, the ring lives."""
     request, response, _ = attacker.parts()

@@ -24,10 +24,16 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from tests.lab.guest import Guest, vhost_user_scsi
+from tests.lab.packages import unpacked
 
+#: Debian 12's, 1.19.
 TOOL = "iscsi-test-cu"
 #: Destructive tests too; SANITIZE too; say what is checked; one line for each command.
 OPTIONS = "-d -S -v -V"
+_NEWER = (
+    *("libiscsi-bin", "libiscsi7", "libc6", "libcunit1", "libibverbs1", "librdmacm1t64"),
+    *("libnl-3-200", "libnl-route-3-200", "libgcrypt20", "libgpg-error0"),
+)
 _MARK = "=-=-="
 _EXIT_TIMEOUT = 124
 
@@ -98,24 +104,43 @@ def _reason(verdict: Verdict, output: str) -> str:
     return next((line for line in reversed(output.splitlines()) if line.strip()), "")
 
 
-def list_tests(guest: Guest) -> list[str]:
+def newer_tool() -> str:
+    """Debian 13's iscsi-test-cu, 1.20, with its libraries beside it, as a command."""
+    root = unpacked("libiscsi-trixie", _NEWER, "trixie")
+    libraries = root / "usr/lib/x86_64-linux-gnu"
+    return f"{libraries}/ld-linux-x86-64.so.2 --library-path {libraries} {root}/usr/bin/iscsi-test-cu"
+
+
+def list_tests(guest: Guest, tool: str = TOOL) -> list[str]:
     """All that the tool has, as "Suite.Test"."""
-    _, output = guest.run(f"{TOOL} --list", 60)
+    _, output = guest.run(f"{tool} --list", 60)
     return [line[4:] for line in output.splitlines() if re.fullmatch(r"ALL\.[^.]+\.[^.]+", line)]
 
 
 def run_suite(
-    guest: Guest, devices: Sequence[str], *, only: str = "*", skip: Sequence[str] = (), each: int = 90, total: int = 900
+    guest: Guest,
+    devices: Sequence[str],
+    *,
+    only: str | Sequence[str] = "*",
+    skip: Sequence[str] = (),
+    each: int = 90,
+    total: int = 900,
+    tool: str = TOOL,
 ) -> dict[str, Result]:
     """Run the tests that `only` names and `skip` does not, in order.
 
     devices: one, or two paths to one unit.  each, total: seconds for one test and for all.
     """
-    tests = [t for t in list_tests(guest) if fnmatch(t, only) and not any(fnmatch(t, s) for s in skip)]
+    wanted = [only] if isinstance(only, str) else only
+    tests = [
+        test
+        for test in list_tests(guest, tool)
+        if any(fnmatch(test, one) for one in wanted) and not any(fnmatch(test, one) for one in skip)
+    ]
     paths = " ".join(shlex.quote(device) for device in devices)
     script = (
         f"for t in {' '.join(tests)}; do echo '{_MARK}' $t;"
-        f" timeout -k 2 {each} {TOOL} {OPTIONS} -t ALL.$t {paths} 2>&1; echo; echo '{_MARK}' $?; done"
+        f" timeout -k 2 {each} {tool} {OPTIONS} -t ALL.$t {paths} 2>&1; echo; echo '{_MARK}' $?; done"
     )
     _, output = guest.run(script, total)
     return split(tests, output)

@@ -26,7 +26,6 @@ def names(source: Path) -> list[str]:
 def compile_tests(where: Path, sanitizer: str) -> Path:
     """The program with all tests; RuntimeError carries the compiler's words."""
     sources = [*sorted(NATIVE.glob("*.c")), *sorted(HERE.glob("*.c"))]
-    sources = [source for source in sources if not source.name.startswith("frontend")]
     flags = ["-std=gnu11", "-g", "-O1", "-Wall", "-Wextra", "-Werror", "-pthread", "-fno-omit-frame-pointer"]
     flags += [*SANITIZERS[sanitizer], f"-I{NATIVE}", f"-I{HERE}"]
     compilers = []

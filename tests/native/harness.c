@@ -655,6 +655,16 @@ ssize_t __wrap_pwritev2(int fd, const struct iovec *iov, int count, off_t offset
 
 ssize_t __wrap_preadv2(int fd, const struct iovec *iov, int count, off_t offset, int flags)
 {
+	/* The worker itself, which waits for nothing: behind the gate lies what the page cache has not. */
+	if (flags & RWF_NOWAIT) {
+		bool shut;
+
+		pthread_mutex_lock(&gate_lock);
+		shut = gate_shut;
+		pthread_mutex_unlock(&gate_lock);
+		errno = EAGAIN;
+		return shut ? -1 : __real_preadv2(fd, iov, count, offset, flags);
+	}
 	pass_gate();
 	return __real_preadv2(fd, iov, count, offset, flags);
 }

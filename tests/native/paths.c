@@ -234,7 +234,8 @@ static bool fake_idle(struct vfc_path_engine *engine)
 static void begin_fake(void)
 {
 	static const struct vfc_path_ops ops = {
-		"fake", fake_submit, fake_flush, fake_reap, fake_cancel, fake_abandon, fake_wait_fd, fake_idle,
+		.name = "fake", .submit = fake_submit, .flush = fake_flush, .reap = fake_reap, .cancel = fake_cancel,
+		.abandon = fake_abandon, .wait_fd = fake_wait_fd, .idle = fake_idle,
 	};
 
 	CHECK_EQUAL(pipe(fake.pipes), 0);
@@ -387,10 +388,50 @@ TEST(a_read_of_two_stripes_shares_nothing)
 	end();
 }
 
-/* Reads without a pause between them hold a word only for so long: another process gets it. */
-static void others_get_a_turn(uint32_t flags)
+/* Within a word of the latch, I/O waits for nothing but for a write of its own blocks, or to them. */
+TEST(only_what_overlaps_a_write_waits)
 {
-	struct load load = { .ring = &ring, .depth = 16, .blocks = 1, .span = 64, .writer = 1 };
+	struct request first, beside, read, same, over, behind;
+
+	begin(VFC_MEDIUM_FILE, VFC_ENGINE_NO_URING);
+	memset(unit.bytes, 0x11, 64 * 512);
+	gate_close();
+	first = request_rw(&ring, 0, OP_WRITE_10, 0, 2);
+	memset(request_out(&ring, &first), 0x42, 1024);
+	request_send(&ring, &first);
+	gate_await(1);
+	beside = request_rw(&ring, 1, OP_WRITE_10, 2, 2);
+	memset(request_out(&ring, &beside), 0x43, 1024);
+	request_send(&ring, &beside);
+	gate_await(2);
+	read = request_rw(&ring, 2, OP_READ_10, 4, 2);
+	request_send(&ring, &read);
+	gate_await(3);
+	same = request_rw(&ring, 3, OP_READ_10, 5, 2);
+	request_send(&ring, &same);
+	gate_await(4);
+	over = request_rw(&ring, 4, OP_WRITE_10, 1, 1);
+	memset(request_out(&ring, &over), 0x44, 512);
+	request_send(&ring, &over);
+	await_parked(1);
+	behind = request_rw(&ring, 5, OP_READ_10, 3, 1);
+	request_send(&ring, &behind);
+	await_parked(2);
+	gate_open();
+	for (unsigned i = 0; i < 6; i++)
+		drive_wait(&ring);
+	CHECK_EQUAL(request_in(&ring, &read)[0], 0x11);
+	CHECK_EQUAL(request_in(&ring, &behind)[0], 0x43);
+	CHECK_EQUAL(unit.bytes[0], 0x42);
+	CHECK_EQUAL(unit.bytes[512], 0x44);
+	CHECK_EQUAL(unit.bytes[1024], 0x43);
+	end();
+}
+
+/* I/O without a pause holds a word only for so long: another process gets it. */
+static void others_get_a_turn(uint32_t flags, unsigned write_percent)
+{
+	struct load load = { .ring = &ring, .depth = 16, .blocks = 1, .span = 64, .write_percent = write_percent, .writer = 1 };
 	struct vfc_latch *latch;
 
 	begin(VFC_MEDIUM_FILE, flags);
@@ -408,5 +449,7 @@ static void others_get_a_turn(uint32_t flags)
 	end();
 }
 
-TEST(reads_side_by_side_let_others_have_a_turn) { others_get_a_turn(0); }
-TEST(reads_side_by_side_let_others_have_a_turn_without_uring) { others_get_a_turn(VFC_ENGINE_NO_URING); }
+TEST(reads_side_by_side_let_others_have_a_turn) { others_get_a_turn(0, 0); }
+TEST(reads_side_by_side_let_others_have_a_turn_without_uring) { others_get_a_turn(VFC_ENGINE_NO_URING, 0); }
+TEST(writes_side_by_side_let_others_have_a_turn) { others_get_a_turn(0, 50); }
+TEST(writes_side_by_side_let_others_have_a_turn_without_uring) { others_get_a_turn(VFC_ENGINE_NO_URING, 50); }

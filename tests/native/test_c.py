@@ -18,8 +18,8 @@ build = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(build)
 
 SOURCES = {
-    "address": ("malformed", "requests", "rings", "packed", "polling", "fencing", "paths", "memory"),
-    "thread": ("rings", "packed", "polling", "fencing", "paths", "memory"),
+    "address": ("malformed", "requests", "rings", "packed", "polling", "fencing", "paths", "memory", "together"),
+    "thread": ("rings", "packed", "polling", "fencing", "paths", "memory", "together"),
 }
 #: Tests that are about commands, and so run over rings of each layout (see HARNESS_LAYOUT in harness.h).
 COMMANDS = ("requests", "fencing", "paths", "memory")

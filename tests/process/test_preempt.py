@@ -24,7 +24,7 @@ from vhostfc.frontend.scan import UnitInfo
 SIZE = 512 * KIB
 HOLDER, WRITERS = 1, (2, 3)
 MEDIA = {"memory": f"size = {SIZE}", "file": 'file = "{directory}/disk"\nsize = ' + str(SIZE)}
-REGISTER, RESERVE, PREEMPT, PREEMPT_AND_ABORT, IGNORE = 0, 1, 4, 5, 6
+REGISTER, RESERVE, CLEAR, PREEMPT, PREEMPT_AND_ABORT, IGNORE = 0, 1, 3, 4, 5, 6
 WRITE_EXCLUSIVE_REGISTRANTS_ONLY = 5
 GOOD, CONFLICT = 0x00, 0x18
 FENCE_TIMEOUT = 1.0

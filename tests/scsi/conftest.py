@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -13,12 +13,14 @@ from vhostfc.scsi.reservations import State
 from vhostfc.scsi.server import AbsentUnit, DeviceServer, ReportLunsUnit
 from vhostfc.scsi.task import (
     AbortTasks,
+    Background,
     Effect,
     Extents,
     Fill,
     Flush,
     Hold,
     Keep,
+    KeepNote,
     ManageSteps,
     MediumError,
     Nexus,
@@ -53,6 +55,7 @@ class Medium:
     full: bool = False
     kept: State | None = None
     forgetful: bool = False
+    notes: dict[str, bytes] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.data = bytearray(self.blocks * self.block_size)
@@ -100,6 +103,10 @@ class Medium:
                 self._span(lba, blocks)
             case Flush() | AbortTasks() | TakeTurn():
                 pass
+            case KeepNote(name, data):
+                if not self.forgetful:
+                    self.notes = {key: value for key, value in {**self.notes, name: data}.items() if value is not None}
+                return not self.forgetful
             case Keep(state):
                 if not self.forgetful:
                     self.kept = state
@@ -115,6 +122,8 @@ class Target:
     medium: Medium
     numbers: tuple[int, ...] = (0,)
     effects: list[Effect] = field(default_factory=list)
+    waiting: list[Generator[Effect, object, None]] = field(default_factory=list)
+    answer: object = None
 
     def __post_init__(self) -> None:
         self.unit = LogicalUnit(self.identity, self.medium.blocks, self)
@@ -129,6 +138,25 @@ class Target:
         for server in (self.unit, self.absent, self.well_known):
             server.inventory_reported(nexus)
 
+    def go_on(self, most: int | None = None) -> None:
+        """Run what is in the background: to its end, or so many effects."""
+        while self.waiting and most != 0:
+            steps = self.waiting[0]
+            try:
+                self.answer = self._step(steps, self.answer)
+            except StopIteration:
+                self.waiting.pop(0)
+                self.answer = None
+            most = None if most is None else most - 1
+
+    def _step(self, steps: Generator[Effect, object, None], answer: object) -> object:
+        effect = steps.throw(answer) if isinstance(answer, MediumError) else steps.send(answer)
+        self.effects.append(effect)
+        try:
+            return self.medium.do(effect)
+        except MediumError as error:
+            return error
+
     def run(self, steps: Steps | ManageSteps) -> ScsiResult | ServiceResponse:
         """All steps, one after the other."""
         answer: object = None
@@ -139,8 +167,13 @@ class Target:
             except StopIteration as done:
                 result: ScsiResult | ServiceResponse = done.value
                 return result
-            self.effects.append(effect)
             answer = failure = None
+            if isinstance(effect, Background):
+                self.waiting.append(effect.steps)
+                if effect.wait:
+                    self.go_on()
+                continue
+            self.effects.append(effect)
             try:
                 answer = self.medium.do(effect)
             except MediumError as error:

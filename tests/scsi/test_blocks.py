@@ -442,3 +442,84 @@ def test_large_blocks() -> None:
     assert one.good(rw(0x88, 14, 2)) == bytes(4096) + b"x" * 4096
     assert one.bad(rw(0x2A, 0, 1), A) == WRONG_LENGTH
     assert one.bad(rw(0x28, 16, 1)) == OUT_OF_RANGE
+
+
+# ---------------------------------------------------------------- CDBs of 32 bytes
+
+
+def long_cdb(action: int, lba: int, blocks: int, flags: int = 0, *, additional: int = 0x18) -> bytes:
+    """flags: byte 10."""
+    return bytes(
+        [
+            0x7F,
+            0x00,  # CONTROL
+            *bytes(4),
+            0x00,  # GROUP NUMBER
+            additional,  # ADDITIONAL CDB LENGTH
+            *action.to_bytes(2, "big"),
+            flags,
+            0x00,
+            *lba.to_bytes(8, "big"),
+            *(0x11, 0x22, 0x33, 0x44),  # EXPECTED INITIAL LOGICAL BLOCK REFERENCE TAG: there is no protection
+            *(0x55, 0x66, 0x77, 0x88),
+            *blocks.to_bytes(4, "big"),
+        ]
+    )
+
+
+READ_32, VERIFY_32, WRITE_32, WRITE_AND_VERIFY_32, WRITE_SAME_32 = range(0x09, 0x0E)
+
+
+def test_commands_of_32_bytes(disk: Target) -> None:
+    data = bytes(range(256)) * 4
+    disk.good(long_cdb(WRITE_32, 5, 2), data)
+    assert disk.good(long_cdb(READ_32, 5, 2)) == data
+    disk.good(long_cdb(VERIFY_32, 5, 2, 0x02), data)
+    assert disk.bad(long_cdb(VERIFY_32, 5, 2, 0x02), bytes(1024)) == "E/1D/00@5"
+    disk.good(long_cdb(WRITE_AND_VERIFY_32, 7, 1, 0x02), data[:512])
+    disk.good(long_cdb(WRITE_SAME_32, 20, 3), data[:512])
+    assert disk.good(long_cdb(READ_32, 20, 3)) == data[:512] * 3
+    disk.good(long_cdb(WRITE_SAME_32, 20, 3, 0x09))  # UNMAP, NDOB
+    assert not disk.medium.mapped & {20, 21, 22}
+
+
+def test_commands_of_32_bytes_that_are_wrong(disk: Target) -> None:
+    assert disk.bad(long_cdb(READ_32, 0, 1, 0x20)) == "5/24/00:c10.7", "RDPROTECT"
+    assert disk.bad(long_cdb(READ_32, 64, 1)) == "5/21/00"
+    assert disk.bad(long_cdb(READ_32, (1 << 64) - 1, 1)) == "5/21/00"
+    assert disk.bad(long_cdb(READ_32, 0, 1, additional=0x10)) == "5/24/00:c7"
+    assert disk.bad(long_cdb(0x0008, 0, 1)) == "5/24/00:c8.7", "no such service action"
+    assert disk.bad(b"\x7f" + bytes(5)) == "5/24/00:c8.7"
+    assert disk.bad(long_cdb(READ_32, 0, 1)[:30]) == "5/24/00:c30"
+    assert disk.bad(b"\x7f\x04" + long_cdb(READ_32, 0, 1)[2:]) == "5/24/00:c1.2", "NACA"
+    assert disk.bad(long_cdb(WRITE_SAME_32, 0, 1, 0x10), bytes(512)) == "5/24/00:c10.4", "ANCHOR"
+    assert disk.bad(long_cdb(WRITE_32, 0, 2), bytes(512)) == "5/0E/03"
+    assert not any(disk.medium.data)
+
+
+# ---------------------------------------------------------------- WRITE ATOMIC
+
+
+def atomic(lba: int, blocks: int, flags: int = 0, boundary: int = 0) -> bytes:
+    return bytes(
+        [0x9C, flags, *lba.to_bytes(8, "big"), *boundary.to_bytes(2, "big"), *blocks.to_bytes(2, "big"), 0x00, 0x00]
+    )
+
+
+def test_write_atomic(disk: Target) -> None:
+    disk.good(atomic(3, 2, 0x18), b"\xa6" * 1024)
+    assert disk.effects == [Write(3, b"\xa6" * 1024, fua=True, atomic=True)]
+    disk.good(atomic(64, 0))
+    assert disk.effects == []
+
+
+def test_write_atomic_that_is_wrong() -> None:
+    disk = target(4096, max_atomic=8)
+    assert disk.bad(atomic(0, 1, 0x20), bytes(512)) == "5/24/00:c1.7"
+    assert disk.bad(atomic(4096, 1), bytes(512)) == "5/21/00"
+    assert disk.bad(atomic(4097, 0)) == "5/21/00"
+    assert disk.bad(atomic(0, 9), bytes(9 * 512)) == "5/24/00:c12"
+    assert disk.bad(atomic(0, 8, boundary=4), bytes(8 * 512)) == "5/24/00:c10"
+    assert disk.bad(atomic(0, 2), bytes(512)) == "5/0E/03"
+    assert target(read_only=True).bad(atomic(0, 1), bytes(512)) == "7/27/00"
+    assert not any(disk.medium.data)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.scsi.conftest import BOB, NAA, Target, target
+from vhostfc.scsi.task import TaskManagement
 
 SIZE = 512
 
@@ -125,6 +126,13 @@ def test_copy_status(filled: Target) -> None:
     assert status(filled) == bytes.fromhex("00000008 02 0001 00 00000200")
     copy(filled, parameters([cscd()], [segment(0, 0, 1, 1, 5)], list_id=7, usage=3))
     assert filled.bad(bytes([0x84, 0, 7, *bytes(7), 0, 0, 0, 12, 0, 0])) == "5/24/00:c2", "nobody wanted it kept"
+
+
+def test_a_reset_forgets_how_copies_ended(filled: Target) -> None:
+    copy(filled, parameters([cscd()], [segment(0, 0, 1, 0, 20)], usage=0))
+    filled.manage(TaskManagement.LOGICAL_UNIT_RESET)
+    assert filled.bad("00 00 00 00 00 00") == "6/29/03"
+    assert filled.bad(b"\x84\x00\x01" + bytes(7) + b"\0\0\0\x40\0\0") == "5/24/00:c2"
 
 
 def test_operating_parameters_and_page_8f_say_the_same(filled: Target) -> None:

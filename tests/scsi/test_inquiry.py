@@ -75,7 +75,7 @@ def test_a_page_that_there_is_not(disk: Target) -> None:
 
 
 def test_page_00_supported_pages(disk: Target) -> None:
-    assert disk.good(inquire(0x00)) == bytes.fromhex("00 00 0008  00 80 83 86 8f b0 b1 b2")
+    assert disk.good(inquire(0x00)) == bytes.fromhex("00 00 000a  00 80 83 86 87 88 8f b0 b1 b2")
 
 
 def test_each_supported_page_is_there_and_has_its_length(disk: Target) -> None:
@@ -138,7 +138,8 @@ def test_page_b0_block_limits(disk: Target) -> None:
             *(0x00, 0x00, 0x00, 0x01),  # OPTIMAL UNMAP GRANULARITY
             *(0x80, 0x00, 0x00, 0x00),  # UGAVALID, UNMAP GRANULARITY ALIGNMENT
             *(0x00, 0x00, 0x00, 0x00, 0x00, 0x00, 0x08, 0x00),  # MAXIMUM WRITE SAME LENGTH: 1 MiB
-            *bytes(20),
+            *(0x00, 0x00, 0x08, 0x00),  # MAXIMUM ATOMIC TRANSFER LENGTH: 1 MiB
+            *bytes(16),  # ATOMIC ALIGNMENT, ATOMIC TRANSFER LENGTH GRANULARITY, with boundary, BOUNDARY SIZE
         ]
     )
 
@@ -158,7 +159,21 @@ def test_pages_b0_and_b2_of_a_fully_provisioned_unit() -> None:
 
 
 def test_page_b1_says_that_nothing_rotates(disk: Target) -> None:
-    assert disk.good(inquire(0xB1)) == bytes.fromhex("00 b1 003c 0001") + bytes(58)
+    # MEDIUM ROTATION RATE 1; WABEREQ and WACEREQ 01b
+    assert disk.good(inquire(0xB1)) == bytes.fromhex("00 b1 003c 0001 00 50") + bytes(56)
+    assert target(thin=False).good(inquire(0xB1))[7] == 0x10, "without provisioning there is no BLOCK ERASE"
+
+
+def test_page_87_mode_page_policy(disk: Target) -> None:
+    assert disk.good(inquire(0x87)) == bytes.fromhex("00 87 0004 3fff 00 00")
+
+
+def test_page_88_scsi_ports(disk: Target) -> None:
+    ports = b"".join(
+        bytes.fromhex(f"0000 {number:04x} 0000 0000 0000 000c  01 93 00 08 500601600000{number:04x}")
+        for number in (1, 2)
+    )
+    assert disk.good(inquire(0x88)) == bytes.fromhex("00 88 0030") + ports
 
 
 def test_page_b2_logical_block_provisioning(disk: Target) -> None:

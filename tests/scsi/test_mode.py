@@ -9,7 +9,7 @@ from vhostfc.scsi.task import Flush
 
 RECOVERY = "01 0a c0 00 00 00 00 00 00 00 00 00"
 CACHING = "08 12 04 00 ffff 0000 ffff ffff 00 00 0000 00 000000"
-CONTROL = "0a 0a 02 10 00 00 00 00 ffff 0000"
+CONTROL = "0a 0a 02 10 00 40 00 00 ffff 0000"
 EXCEPTIONS = "1c 0a 08 00 00000000 00000000"
 SHORT_DESCRIPTOR = "00000040 00 000200"
 
@@ -164,7 +164,7 @@ def test_a_unit_without_a_cache_says_so_and_cannot_be_given_one() -> None:
 
 
 def test_software_write_protect(disk: Target) -> None:
-    select(disk, "00000000 0a 0a 02 10 08 00 00 00 ffff 0000")
+    select(disk, "00000000 0a 0a 02 10 08 40 00 00 ffff 0000")
 
     assert disk.good(sense_6(0x0A))[2] == 0x90
     assert disk.bad("2a 00 00000000 00 0001 00", bytes(512)) == "7/27/00"
@@ -176,7 +176,7 @@ def test_software_write_protect(disk: Target) -> None:
 
 
 def test_descriptor_format_sense_can_be_asked_for(disk: Target) -> None:
-    select(disk, "00000000 0a 0a 06 10 00 00 00 00 ffff 0000")
+    select(disk, "00000000 0a 0a 06 10 00 40 00 00 ffff 0000")
 
     result = disk.send("28 00 ffffffff 00 0001 00")
 
@@ -235,8 +235,8 @@ def test_flags_of_mode_select(disk: Target) -> None:
         ("00000000 4a 01 0000", "5/26/00:p4.6"),  # a subpage
         ("00000000 0a 0b 02 10 00 00 00 00 ffff 0000 00", "5/26/00:p5"),  # PAGE LENGTH
         ("00000000 0a 0a 02 10 48 00 00 00 ffff 0000", "5/26/00:p8.6"),  # a bit that may not change, beside SWP
-        ("00000000 0a 0a 02 10 00 00 00 00 fffe 0000", "5/26/00:p13.0"),
-        ("00000000 0a 0a 02 10 08 00 00 00 ffff 0000" + "1c 0a 00 00 00000000 00000000", "5/26/00:p18.3"),
+        ("00000000 0a 0a 02 10 00 40 00 00 fffe 0000", "5/26/00:p13.0"),
+        ("00000000 0a 0a 02 10 08 40 00 00 ffff 0000" + "1c 0a 00 00 00000000 00000000", "5/26/00:p18.3"),
     ],
 )
 def test_a_wrong_list_changes_nothing(disk: Target, data: str, said: str) -> None:
@@ -254,7 +254,7 @@ def test_capacity_in_the_block_descriptor_may_be_left_open(disk: Target) -> None
 
 
 def test_mode_pages_are_one_for_all_nexuses(disk: Target) -> None:
-    select(disk, "00000000 0a 0a 02 10 08 00 00 00 ffff 0000")
+    select(disk, "00000000 0a 0a 02 10 08 40 00 00 ffff 0000")
 
     assert disk.bad("00 00 00 00 00 00", nexus=BOB) == "6/2A/01"
     assert disk.good(sense_6(0x0A), nexus=BOB) == disk.good(sense_6(0x0A), nexus=ALICE)

@@ -29,7 +29,7 @@ from tests.scsi.cluster import (
     nexus,
     transport_id,
 )
-from vhostfc.scsi.cdb import COMMANDS, RECEIVE_COPY_STATUS, parse
+from vhostfc.scsi.cdb import COMMANDS, RECEIVE_COPY_STATUS, SANITIZE_OVERWRITE, parse
 from vhostfc.scsi.reservations import MAX_REGISTRATIONS
 from vhostfc.scsi.task import AbortTasks, Keep, Nexus, TakeTurn, Task, TaskManagement
 
@@ -459,6 +459,10 @@ READS = (
         "37 00 08 00000000 0010 00",
         "b7 08 00000000 00000010 00 00",
     ),
+    *(
+        "7f 00 00000000 00 18 0009 00 00" + "00" * 16 + "00000001",
+        "7f 00 00000000 00 18 000a 00 00" + "00" * 16 + "00000001",
+    ),
     *("9e 12 0000000000000000 00000020 00 00", "a3 0c 00 00 0000 00000100 00 00", "a3 0d 00 00 0000 00000004 00 00"),
 )
 WRITES = (
@@ -473,6 +477,12 @@ WRITES = (
         "1b 00 00 00 00 00",
         "1e 00 00 00 01 00",
     ),
+    *(
+        "7f 00 00000000 00 18 000b 00 00" + "00" * 16 + "00000001",
+        "7f 00 00000000 00 18 000c 00 00" + "00" * 16 + "00000001",
+        "7f 00 00000000 00 18 000d 00 00" + "00" * 16 + "00000001",
+    ),
+    *("48 02" + "00" * 8, "48 03" + "00" * 8, "48 1f" + "00" * 8, "9c" + "00" * 15),
     "83" + "00" * 15,
     *("a4 0a 00000000 00000000 00 00", "35 00 00000000 00 0000 00", "91 00 0000000000000000 00000000 00 00"),
 )
@@ -504,7 +514,8 @@ def test_commands_that_reservations_allow(kind: int) -> None:
 def test_every_command_is_in_one_of_these_lists() -> None:
     """A new command must be sorted into the tables above, and access.py must know it."""
     tried = {parse(bytes.fromhex(cdb)) for cdb in (*ALWAYS, *READS, *WRITES)}
-    others = {one for one in COMMANDS if one.opcode in (0x5E, 0x5F, 0x16, 0x17, 0x56, 0x57)} | {RECEIVE_COPY_STATUS}
+    others = {one for one in COMMANDS if one.opcode in (0x5E, 0x5F, 0x16, 0x17, 0x56, 0x57)}
+    others |= {RECEIVE_COPY_STATUS, SANITIZE_OVERWRITE}
     assert set(COMMANDS) == tried | others
 
 

@@ -140,7 +140,7 @@ def test_resize_is_told_to_all_and_is_seen(disk: Target) -> None:
 
 def test_logical_unit_reset_aborts_all_and_brings_the_default_pages_back(disk: Target) -> None:
     # MODE SELECT(6), control page with SWP
-    disk.good("15 10 00 00 10 00", bytes.fromhex("00 00 00 00 0a 0a 02 10 08 00 00 00 ffff 0000"))
+    disk.good("15 10 00 00 10 00", bytes.fromhex("00 00 00 00 0a 0a 02 10 08 40 00 00 ffff 0000"))
     assert disk.unit.mode.write_protected
 
     assert disk.manage(TaskManagement.LOGICAL_UNIT_RESET) is ServiceResponse.FUNCTION_COMPLETE
@@ -172,7 +172,7 @@ def test_clear_aca_is_rejected(disk: Target) -> None:
 
 
 def test_an_unknown_opcode_is_refused_whatever_its_data(disk: Target) -> None:
-    for opcode in (0x01, 0x3B, 0x5C, 0x5D, 0x7F, 0x85, 0xC0, 0xFF):
+    for opcode in (0x01, 0x3B, 0x5C, 0x5D, 0x7E, 0x85, 0xC0, 0xFF):
         for data in (b"", bytes(512)):
             assert disk.bad(bytes([opcode]) + bytes(15), data) == "5/20/00"
     assert disk.bad(b"") == "5/20/00"

@@ -26,6 +26,7 @@ from vhostfc.virtio.scsi import (
     TaskAttribute,
     TaskManagementRequest,
     TmfSubtype,
+    cdb_of,
     decode_async_answer,
     decode_control,
     decode_lun,
@@ -204,3 +205,13 @@ def test_events_byte_by_byte() -> None:
 @given(st.builds(Event, st.sampled_from(EventType), fields, u32, st.booleans()))
 def test_a_driver_reads_the_event_that_a_device_wrote(event: Event) -> None:
     assert Event.unpack(event.pack()) == event
+
+
+def test_the_cdb_in_its_field() -> None:
+    """LIO refuses a TEST UNIT READY in 32 bytes, and rightly."""
+    assert cdb_of(bytes(32)) == bytes(16)
+    assert cdb_of(b"\x12\0\0\0\x24" + bytes(27)) == b"\x12\0\0\0\x24" + bytes(11)
+    read_32 = b"\x7f" + bytes(6) + b"\x18\0\x09" + bytes(22)
+    assert cdb_of(read_32) == read_32
+    assert cdb_of(b"\x7f" + bytes(6) + b"\x0c" + bytes(24)) == b"\x7f" + bytes(6) + b"\x0c" + bytes(12)
+    assert cdb_of(b"\xc1" + bytes(30) + b"\x01") == b"\xc1" + bytes(30) + b"\x01"

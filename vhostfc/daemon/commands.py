@@ -133,7 +133,7 @@ class Commands:
             try:
                 result = await self.port.execute(
                     unit,
-                    event.cdb,
+                    virtio.cdb_of(event.cdb),
                     data_out=event.data_out,
                     data_in=event.data_in_length,
                     attribute=FCP_ATTRIBUTE.get(event.attribute, 0),

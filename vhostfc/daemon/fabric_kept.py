@@ -1,4 +1,7 @@
-"""Reservations that outlive the fabric (APTPL): a file for each unit that has some, named after its NAA designator.
+"""What of a unit outlives the fabric: files named after its NAA designator.
+
+Reservations (APTPL) are NAA.json; notes of the device server, such as "a SANITIZE is under way", NAA.NAME;
+what a WRITE ATOMIC may have to undo, NAA.atomic (fabric_journal).
 
 A file takes the place of the one before by a rename, and is on the disk before anybody is told so.
 One that cannot be understood is an error at the start: a fabric that forgot who is kept out would be
@@ -14,9 +17,11 @@ from pathlib import Path
 import structlog
 import trio
 
+from vhostfc.daemon.fabric_journal import Journal
 from vhostfc.errors import VhostfcError
 from vhostfc.scsi import persistent
 from vhostfc.scsi.reservations import State
+from vhostfc.scsi.sanitize import NOTE
 
 
 class KeptReservations:
@@ -38,8 +43,8 @@ class KeptReservations:
         self._port_number = port_number
         self._log = log
 
-    def path(self, naa: bytes) -> Path:
-        return self.directory / f"{naa.hex()}.json"
+    def path(self, naa: bytes, name: str = "json") -> Path:
+        return self.directory / f"{naa.hex()}.{name}"
 
     def load(self, naa: bytes) -> State:
         """The reservations of this unit.  Raises VhostfcError, which names the file."""
@@ -57,19 +62,40 @@ class KeptReservations:
 
     async def save(self, naa: bytes, state: State | None) -> bool:
         """Make this what load() finds, whatever happens after; False, and a line in the log, if that cannot be."""
-        path = self.path(naa)
-        record = None if state is None else persistent.pack(state, self._port_name)
+        return await self._save(self.path(naa), None if state is None else persistent.pack(state, self._port_name))
+
+    async def _save(self, path: Path, record: bytes | None) -> bool:
         with trio.CancelScope(shield=True):  # whoever is told "not done" must not find it done later
             try:
                 await trio.to_thread.run_sync(_replace, path, record)
             except OSError as error:
-                self._log.error("cannot keep reservations", path=str(path), reason=error.strerror)
+                self._log.error("cannot keep what has to outlive us", path=str(path), reason=error.strerror)
                 return False
         return True
 
+    # ------------------------------------------------------------ notes
+
+    def note(self, naa: bytes, name: str = NOTE) -> bytes | None:
+        """A note of this unit.  Raises VhostfcError, which names the file."""
+        path = self.path(naa, name)
+        try:
+            return path.read_bytes()
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise VhostfcError(f"{path}: cannot be read: {error.strerror}") from None
+
+    async def keep_note(self, naa: bytes, name: str, data: bytes | None) -> bool:
+        """Make this what note() finds, whatever happens after; None: nothing."""
+        return await self._save(self.path(naa, name), data)
+
+    def journal(self, naa: bytes) -> Journal:
+        return Journal(self.path(naa, "atomic"))
+
     def forget(self, naa: bytes) -> None:
         """The unit is no more."""
-        self.path(naa).unlink(missing_ok=True)
+        for name in ("json", NOTE, "atomic"):
+            self.path(naa, name).unlink(missing_ok=True)
 
 
 def _replace(path: Path, record: bytes | None) -> None:
@@ -80,7 +106,7 @@ def _replace(path: Path, record: bytes | None) -> None:
             return
     else:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        part = path.with_suffix(".part")
+        part = path.with_name(f"{path.name}.part")
         fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         try:
             with open(fd, "wb", closefd=False) as stream:

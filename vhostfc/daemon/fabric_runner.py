@@ -37,12 +37,14 @@ from vhostfc.scsi.server import DeviceServer
 from vhostfc.scsi.task import (
     AbortTasks,
     Attribute,
+    Background,
     Effect,
     Extents,
     Fill,
     Flush,
     Hold,
     Keep,
+    KeepNote,
     MediumError,
     Nexus,
     Read,
@@ -66,9 +68,12 @@ _WRITES = frozenset(
         fields.WRITE_10,
         fields.WRITE_12,
         fields.WRITE_16,
+        fields.WRITE_32,
         fields.WRITE_AND_VERIFY_10,
         fields.WRITE_AND_VERIFY_12,
         fields.WRITE_AND_VERIFY_16,
+        fields.WRITE_AND_VERIFY_32,
+        fields.WRITE_ATOMIC_16,
     }
 )
 _FUNCTIONS = {
@@ -120,6 +125,15 @@ class _Running:
         return self.exchange.cmnd.attribute == Attribute.ORDERED
 
 
+@dataclass(eq=False, slots=True)
+class _Operation:
+    """Something in the background: a SANITIZE."""
+
+    served: Served
+    scope: trio.CancelScope = field(default_factory=trio.CancelScope)
+    done: trio.Event = field(default_factory=trio.Event)
+
+
 class Runner:
     """See the head of the file.
 
@@ -148,6 +162,7 @@ class Runner:
         self._log = log
         self._running: dict[Exchange, _Running] = {}
         self._on: dict[Served, dict[_Running, None]] = {}  # the same, by the unit that they have begun at
+        self._operations: set[_Operation] = set()
         self._of_port: Counter[Wwn] = Counter()
 
     def kick(self) -> None:
@@ -339,15 +354,26 @@ class Runner:
                 return None
             case Keep(state):
                 return await served.keep(state)
+            case KeepNote(name, data):
+                return await served.keep_note(name, data)
+            case Background(steps, wait):
+                operation = _Operation(served)
+                self._operations.add(operation)
+                self._nursery.start_soon(self._background, steps, operation, nexus)
+                if wait:
+                    await operation.done.wait()
+                return None
             case Read(lba, blocks, fua):
                 await holding.take(lba, blocks)
                 try:
                     return await medium.read(lba, blocks, fua=fua)
                 finally:
                     holding.release(to=mark)
-            case Write(lba, data, fua):
+            case Write(lba, data, fua, atomic):
                 await holding.take(lba, len(data) // medium.block_size)
                 write = partial(medium.write, lba, data, fua=fua)
+                if atomic:
+                    write = partial(served.write_atomically, lba, data)
             case Fill(lba, blocks, block, unmap):
                 await holding.take(lba, blocks)
                 write = partial(medium.fill, lba, blocks, block, unmap=unmap)
@@ -360,6 +386,19 @@ class Runner:
         finally:
             holding.release(to=mark)
         return None
+
+    async def _background(self, steps: Generator[Effect, object, None], operation: _Operation, nexus: Nexus) -> None:
+        """What outlives the command that began it, but not the unit."""
+        served = operation.served
+        try:
+            with operation.scope:
+                await self._drive(steps, served, None, nexus)
+        except Exception:
+            self._log.exception("an operation failed in the fabric", unit=served.medium.name)
+        finally:
+            self._operations.discard(operation)
+            operation.done.set()
+        served.changed()
 
     def _look_again(self, served: Served, running: _Running | None) -> None:
         """Before a write, after all waiting.  Raises _Withdrawn."""
@@ -390,6 +429,9 @@ class Runner:
         for running in ending:
             await running.done.wait()
             await self.send(running.exchange.target.finish(running.exchange, _NO_UNIT))
+        for operation in [one for one in self._operations if one.served is served]:
+            operation.scope.cancel()
+            await operation.done.wait()
 
     def _tasks(self, served: Served, nexuses: Iterable[Nexus]) -> list[Exchange]:
         """The commands of these nexuses on this unit, wherever they are."""
@@ -473,7 +515,7 @@ def _touch(effect: Effect, served: Served, running: _Running) -> None:
 def _used(running: _Running, result: ScsiResult) -> int | None:
     """Bytes of data-out that a WRITE had a use for: FCP_DL may be more.  None: all that came."""
     cmnd = running.exchange.cmnd
-    command = fields.find(cmnd.cdb[0], None)
+    command = fields.known(cmnd.cdb)
     if running.served is None or command not in _WRITES or result.status != Status.GOOD:
         return None
     return fields.extent(command, cmnd.cdb)[1] * running.served.medium.block_size

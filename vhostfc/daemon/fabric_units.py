@@ -13,7 +13,7 @@ import os
 import re
 import secrets
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
@@ -22,6 +22,7 @@ import trio
 
 from vhostfc.config import TargetConfig, UnitConfig
 from vhostfc.daemon import fabric_locks, media
+from vhostfc.daemon.fabric_journal import Journal
 from vhostfc.daemon.fabric_kept import KeptReservations
 from vhostfc.daemon.fencing import Fence, Numbers, Opening
 from vhostfc.daemon.media import Medium
@@ -33,7 +34,7 @@ from vhostfc.fc.wwn import OUI_QEMU, Wwn
 from vhostfc.scsi.inquiry import Identity
 from vhostfc.scsi.reservations import State
 from vhostfc.scsi.server import Inventory
-from vhostfc.scsi.task import Nexus
+from vhostfc.scsi.task import MediumError, Nexus
 from vhostfc.scsi.unit import LogicalUnit
 
 #: What makes two units of two configurations the same one: its medium.
@@ -103,7 +104,8 @@ class Served:
 
     ready: nobody of an earlier life has the medium open, so it can be given out.  ordered: ORDERED tasks
     that want to be alone.  epoch: grows with every command that may have changed who may do what.
-    keep: makes reservations outlive us, False if that cannot be.  turn: for commands that go one by one.
+    keep, keep_note: make reservations and notes outlive us, False if that cannot be.  journal: for WRITE ATOMIC.
+    turn: for commands that go one by one.
     faults: what commands meet here; nobody does I/O past us while there are some.
     """
 
@@ -114,12 +116,16 @@ class Served:
         unit: LogicalUnit,
         fence: Fence,
         keep: Callable[[State | None], Awaitable[bool]],
+        keep_note: Callable[[str, bytes | None], Awaitable[bool]],
+        journal: Journal,
     ) -> None:
         self.key = unit_key
         self.medium = medium
         self.unit = unit
         self.fence = fence
         self.keep = keep
+        self.keep_note = keep_note
+        self.journal = journal
         self.faults = UnitFaults()
         self.turn = trio.Lock()
         self.ready = False
@@ -150,6 +156,39 @@ class Served:
         finally:
             self._operations.discard(done)
             done.set()
+
+    async def write_atomically(self, lba: int, data: bytes) -> None:
+        """All of it or nothing, in whatever way this ends; the range is latched.  Raises MediumError."""
+        medium = self.medium
+        if medium.kind is MediumKind.NULL:
+            return
+        with trio.CancelScope(shield=True):
+            before = await medium.read(lba, len(data) // medium.block_size)
+            try:
+                await trio.to_thread.run_sync(self.journal.write, lba, medium.block_size, before)
+            except OSError as error:
+                raise MediumError(lba) from error
+            try:
+                await medium.write(lba, data, fua=True)
+            except MediumError:
+                with suppress(MediumError):  # a hole that cannot be filled still is one
+                    await medium.write(lba, before, fua=True)
+                await self._clear_journal(lba)
+                raise
+            await self._clear_journal(lba)
+
+    async def _clear_journal(self, lba: int) -> None:
+        try:
+            await trio.to_thread.run_sync(self.journal.clear)
+        except OSError as error:
+            raise MediumError(lba) from error
+
+    def _undo(self) -> None:
+        """Put back what a WRITE ATOMIC had begun to write over when an earlier life of ours ended."""
+        found = self.journal.load()
+        if found is not None and found[1] == self.medium.block_size and self.medium.can_write:
+            self.medium.restore(found[0], found[2])
+            self.journal.clear()
 
     # ------------------------------------------------------------ fencing
 
@@ -186,6 +225,7 @@ class Served:
                 fabric_locks.take(self.medium.fd, 0, read_only=not self.medium.can_write)
             except BlockingIOError:
                 return False
+            self._undo()
         self.ready = True
         return True
 
@@ -239,11 +279,17 @@ class Maker:
         try:
             self._check_distinct(medium, taken)
             state = self._kept.load(naa)
+            note = self._kept.note(naa)
         except VhostfcError:
             medium.close()
             raise
         unit = self.unit(medium, naa, target.wwnn, config.physical_block_size)
         unit.reservations.state = state
+        if note is not None:
+            unit.sanitizing.found(note)
+            self._log.warning(
+                "a SANITIZE was cut short; the unit is closed until another one succeeds", unit=medium.name
+            )
         fence = Fence(
             medium,
             name=medium.name,
@@ -253,7 +299,8 @@ class Maker:
             publish=self._publish,
             log=self._log,
         )
-        return Served(unit_key, medium, unit, fence, partial(self._kept.save, naa))
+        keep, keep_note = partial(self._kept.save, naa), partial(self._kept.keep_note, naa)
+        return Served(unit_key, medium, unit, fence, keep, keep_note, self._kept.journal(naa))
 
     def unit(self, medium: Medium, naa: bytes, node: Wwn, physical: int | None) -> LogicalUnit:
         """The device server of a medium; what ports lead to it is known when it is placed.

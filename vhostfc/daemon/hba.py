@@ -22,16 +22,17 @@ from trio.socket import SocketType
 from vhostfc.config import AdapterConfig
 from vhostfc.daemon.commands import Commands
 from vhostfc.daemon.control import Json, serve_control
+from vhostfc.daemon.fabrics import fabric_of
 from vhostfc.daemon.fdsocket import Listener
 from vhostfc.daemon.guest import GuestSide
 from vhostfc.daemon.guestevents import GuestEvent, Kind
 from vhostfc.daemon.notify import Notifier
+from vhostfc.daemon.sights import look
 from vhostfc.daemon.units import Units
 from vhostfc.daemon.workers import Workers
 from vhostfc.errors import VhostfcError, plain
 from vhostfc.fc.bindings import Bindings
 from vhostfc.ports.base import Fabric, Port, PortEvent, PortEventKind, PortIdentity
-from vhostfc.ports.emulated import EmulatedFabric
 
 #: How long a guest that begins before the fabric has answered is kept waiting for targets, seconds: firmware
 #: looks once, so a boot disk must be there by then.
@@ -220,6 +221,12 @@ class Adapter:
         await self.units.reconcile()
         return {"targets": self.units.status()}
 
+    async def ls(self, _: Json) -> Json:
+        """What `vhostfc ls` shows."""
+        if self._port is None:
+            raise VhostfcError(f"{self.identity.wwpn} is not logged in to the fabric")
+        return await look(self._port)
+
     async def feed_watchdog(self, notifier: Notifier) -> None:
         """Tell the service manager that we are well, only as long as every worker answers."""
         if notifier.watchdog_timeout is None:
@@ -249,13 +256,7 @@ async def run_adapter(
     """
     notifier = notifier or Notifier.from_environment()
     if fabric is None:
-        fabric = EmulatedFabric(
-            config.emulated,
-            name=config.name,
-            hold_timeout=config.hold_timeout,
-            command_timeout=config.command_timeout,
-            log=log,
-        )
+        fabric = fabric_of(config, log=log)
     with plain():
         running = Workers.running(config.workers, log=log, poll_us=config.poll_us, cpus=config.cpus)
         async with running as workers, trio.open_nursery() as whole:
@@ -263,7 +264,7 @@ async def run_adapter(
             try:
                 async with trio.open_nursery() as nursery:
                     adapter = Adapter(config, fabric, workers, ground, log=log)
-                    handlers = {"status": adapter.status, "rescan": adapter.rescan}
+                    handlers = {"status": adapter.status, "rescan": adapter.rescan, "ls": adapter.ls}
                     await nursery.start(partial(serve_control, config.control, handlers, log=log))
                     ground.start_soon(adapter.hold_port)
                     nursery.start_soon(adapter.serve_guests, listener, nursery.cancel_scope)

@@ -22,7 +22,7 @@ import mmap
 import os
 import stat
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
@@ -131,6 +131,11 @@ class Medium:
         if self.kind is not MediumKind.NULL:
             await self._run(len(data), lambda: self._write(lba, data, fua))
 
+    def restore(self, lba: int, data: bytes) -> None:
+        """Write at once, before anybody is served.  Raises MediumError."""
+        if self.kind is not MediumKind.NULL and (lba + len(data) // self.block_size) <= self.blocks:
+            self._write(lba, data, fua=True)
+
     async def fill(self, lba: int, blocks: int, block: bytes, *, unmap: bool = False) -> None:
         """unmap, with a block of zeros: the medium may drop the blocks, and they read as zeros."""
         if self.kind is not MediumKind.NULL:
@@ -228,6 +233,31 @@ class Medium:
         return True
 
     def _extents(self, lba: int, blocks: int) -> list[tuple[int, int, bool]]:
+        found = self._runs(lba, blocks)
+        if self.kind is MediumKind.MEMORY:
+            found = _joined(part for run in found for part in (self._zeros(*run[:2]) if run[2] else (run,)))
+        return found
+
+    def _zeros(self, lba: int, blocks: int) -> Iterator[tuple[int, int, bool]]:
+        """Which of the pages of memory hold something.
+
+        The adapters read memory through a mapping, which fills holes with pages of zeros; these are as good as
+        deallocated, and SBC-3 4.7.4.6 lets them become that by themselves.
+        """
+        at_once, page = PIECE // self.block_size, max(1, mmap.PAGESIZE // self.block_size)
+        for first in range(lba, lba + blocks, at_once):
+            count = min(at_once, lba + blocks - first)
+            data = os.pread(self.fd, count * self.block_size, first * self.block_size)
+            if data == bytes(len(data)):
+                yield first, count, False
+                continue
+            zeros = bytes(page * self.block_size)
+            for start in range(0, count, page):
+                piece = data[start * self.block_size : (start + page) * self.block_size]
+                yield first + start, min(page, count - start), piece != zeros[: len(piece)]
+
+    def _runs(self, lba: int, blocks: int) -> list[tuple[int, int, bool]]:
+        """Data and holes, as the file system has them."""
         found: list[tuple[int, int, bool]] = []
         end = lba + blocks
         while lba < end:
@@ -251,6 +281,17 @@ class Medium:
             if error.errno == errno.ENXIO:
                 return None
             raise self._failed(offset // self.block_size, error) from error
+
+
+def _joined(parts: Iterable[tuple[int, int, bool]]) -> list[tuple[int, int, bool]]:
+    """Neighbours of one kind are one."""
+    found: list[tuple[int, int, bool]] = []
+    for lba, blocks, mapped in parts:
+        if found and found[-1][2] == mapped:
+            found[-1] = (found[-1][0], found[-1][1] + blocks, mapped)
+        else:
+            found.append((lba, blocks, mapped))
+    return found
 
 
 def _aligned(length: int) -> mmap.mmap:

@@ -175,9 +175,7 @@ async def bench(socket: Path, options: BenchOptions, *, timeout: float = 10.0) -
     return BenchResult(socket, unit, options, region, tuple(runs), checks, null)
 
 
-def _driver(
-    socket: Path, options: BenchOptions, timeout: float
-) -> contextlib.AbstractAsyncContextManager[ScsiDriver]:
+def _driver(socket: Path, options: BenchOptions, timeout: float) -> contextlib.AbstractAsyncContextManager[ScsiDriver]:
     # No interest in events: a bench must not be told of what it does not read.
     features = WANTED & ~(1 << Feature.SCSI_HOTPLUG) & ~(1 << Feature.SCSI_CHANGE)
     return ScsiDriver.open(

@@ -49,9 +49,8 @@ class ProbeResult:
 
     def as_text(self) -> str:
         """A table for people."""
-        head = (
-            f"{self.socket}: {self.queues} request queues, "
-            + (features.names(self.features, features.Feature) or "no features")
+        head = f"{self.socket}: {self.queues} request queues, " + (
+            features.names(self.features, features.Feature) or "no features"
         )
         if not self.units:
             return f"{head}\nno units"

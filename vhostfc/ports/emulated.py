@@ -12,7 +12,6 @@ from collections import deque
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Self
 
 import structlog
 import trio
@@ -42,6 +41,7 @@ from vhostfc.ports.base import (
 from vhostfc.ports.emulated_commands import Commands
 from vhostfc.ports.emulated_paths import MakeMedium, Paths, native_medium
 from vhostfc.ports.linksocket import LinkSocket, close_fds
+from vhostfc.ports.subscriber import Subscriber
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 2.0
 _HELLO_TIMEOUT = 5.0
@@ -151,7 +151,7 @@ class EmulatedPort:
         self._to_send = trio.Event()
         self._earlier = trio.Event()
         self._asleep_until = 0.0
-        self._subscribers: weakref.WeakSet[_Subscriber] = weakref.WeakSet()
+        self._subscribers: weakref.WeakSet[Subscriber] = weakref.WeakSet()
         self._discovered = 0
         self._changed = trio.Event()
         self._note = ""
@@ -177,7 +177,7 @@ class EmulatedPort:
 
     def events(self) -> AsyncIterator[PortEvent]:
         """See the seam.  Begins with "look again": what happened before is in the snapshot."""
-        subscriber = _Subscriber()
+        subscriber = Subscriber()
         subscriber.put(PortEvent(PortEventKind.TOPOLOGY))
         self._subscribers.add(subscriber)
         return subscriber
@@ -393,33 +393,6 @@ class EmulatedPort:
     def _emit(self, event: PortEvent) -> None:
         for subscriber in self._subscribers:
             subscriber.put(event)
-
-
-class _Subscriber:
-    """Events that have not been read; the same one twice says nothing new.
-
-    A class, not an async generator: a reader that just goes away needs nobody to close it.
-    """
-
-    def __init__(self) -> None:
-        self._events: dict[PortEvent, None] = {}
-        self._news = trio.Event()
-
-    def put(self, event: PortEvent) -> None:
-        self._events[event] = None
-        self._news.set()
-
-    def __aiter__(self) -> Self:
-        return self
-
-    async def __anext__(self) -> PortEvent:
-        await trio.lowlevel.checkpoint()
-        while not self._events:
-            self._news = trio.Event()
-            await self._news.wait()
-        event = next(iter(self._events))
-        del self._events[event]
-        return event
 
 
 def _has(remote: FcRemotePort, unit: Unit) -> bool:

@@ -64,6 +64,7 @@ _READS = frozenset(
         fields.READ_10,
         fields.READ_12,
         fields.READ_16,
+        fields.READ_32,
         fields.READ_DEFECT_DATA_10,
         fields.READ_DEFECT_DATA_12,
         fields.RECEIVE_COPY_OPERATING_PARAMETERS,
@@ -73,6 +74,7 @@ _READS = frozenset(
         fields.VERIFY_10,
         fields.VERIFY_12,
         fields.VERIFY_16,
+        fields.VERIFY_32,
     )
 )
 

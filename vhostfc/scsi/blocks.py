@@ -54,15 +54,15 @@ def _in_range(disk: Disk, lba: int, blocks: int) -> None:
         raise illegal(Asc.LOGICAL_BLOCK_ADDRESS_OUT_OF_RANGE)
 
 
-def _unprotected(task: Task) -> None:
-    """The unit has no protection information (PROTECT 0): the PROTECT field of byte 1 must be zero."""
-    if task.cdb[1] & 0xE0:
-        raise invalid_cdb(1, 7)
+def _unprotected(command: Command, task: Task) -> None:
+    """The unit has no protection information (PROTECT 0): the PROTECT field must be zero."""
+    if task.cdb[command.flags] & 0xE0:
+        raise invalid_cdb(command.flags, 7)
 
 
 def _length_field(command: Command) -> int:
     """The byte at which TRANSFER LENGTH starts."""
-    return {6: 4, 10: 7, 12: 6, 16: 10}[len(command.usage)]
+    return {6: 4, 10: 7, 12: 6, 16: 10, 32: 28}[len(command.usage)]
 
 
 def _transfer(disk: Disk, command: Command, task: Task) -> tuple[int, int]:
@@ -91,7 +91,7 @@ def _one_block(disk: Disk, task: Task) -> bytes:
 
 def _fua(disk: Disk, command: Command, task: Task) -> bool:
     """The write must be on the medium before GOOD: FUA is set, or the cache is switched off by WCE."""
-    asked = len(command.usage) > 6 and bool(task.cdb[1] & 0x08)
+    asked = len(command.usage) > 6 and bool(task.cdb[command.flags] & 0x08)
     return asked or not disk.mode.write_cache
 
 
@@ -115,21 +115,21 @@ def _bytes(answer: object) -> bytes:
 
 
 def read(disk: Disk, command: Command, task: Task) -> Steps:
-    """READ (6, 10, 12, 16)."""
+    """READ (6, 10, 12, 16, 32)."""
     long = len(command.usage) > 6
     if long:
-        _unprotected(task)
+        _unprotected(command, task)
     lba, blocks = _transfer(disk, command, task)
     if not blocks:
         return GOOD
-    data = yield Read(lba, blocks, fua=long and bool(task.cdb[1] & 0x08))
+    data = yield Read(lba, blocks, fua=long and bool(task.cdb[command.flags] & 0x08))
     return ScsiResult(data_in=_bytes(data))
 
 
 def write(disk: Disk, command: Command, task: Task) -> Steps:
-    """WRITE (6, 10, 12, 16)."""
+    """WRITE (6, 10, 12, 16, 32)."""
     if len(command.usage) > 6:
-        _unprotected(task)
+        _unprotected(command, task)
     lba, blocks = _transfer(disk, command, task)
     data = _data(disk, task, blocks)
     if blocks:
@@ -137,9 +137,27 @@ def write(disk: Disk, command: Command, task: Task) -> Steps:
     return GOOD
 
 
+def write_atomic(disk: Disk, command: Command, task: Task) -> Steps:
+    """WRITE ATOMIC(16) (SBC-4): all of it or nothing, also when we are killed or the power goes meanwhile.
+
+    No alignment or granularity is asked for; ATOMIC BOUNDARY must be zero (MAXIMUM ATOMIC BOUNDARY SIZE 0).
+    """
+    _unprotected(command, task)
+    lba, blocks = fields.extent(command, task.cdb)
+    _in_range(disk, lba, blocks)
+    if fields.number(task.cdb, 10, 11):
+        raise invalid_cdb(10)
+    if blocks > disk.identity.max_atomic:
+        raise invalid_cdb(12)
+    data = _data(disk, task, blocks)
+    if blocks:
+        yield Write(lba, data, fua=True, atomic=True)
+    return GOOD
+
+
 def compare_and_write(disk: Disk, command: Command, task: Task) -> Steps:
     """COMPARE AND WRITE: one step for everybody else, so it holds its range (SBC-3 5.2)."""
-    _unprotected(task)
+    _unprotected(command, task)
     lba, blocks = fields.number(task.cdb, 2, 9), task.cdb[13]
     _in_range(disk, lba, blocks)
     if blocks > disk.identity.max_compare_and_write:
@@ -160,7 +178,7 @@ def compare_and_write(disk: Disk, command: Command, task: Task) -> Steps:
 
 def orwrite(disk: Disk, command: Command, task: Task) -> Steps:
     """ORWRITE(16): the blocks become what they were, or what was sent (SBC-3 5.10)."""
-    _unprotected(task)
+    _unprotected(command, task)
     lba, blocks = _transfer(disk, command, task)
     data = _data(disk, task, blocks)
     if not blocks:
@@ -176,11 +194,11 @@ def orwrite(disk: Disk, command: Command, task: Task) -> Steps:
 
 
 def verify(disk: Disk, command: Command, task: Task) -> Steps:
-    """VERIFY (10, 12, 16): read (BYTCHK 00b), and compare with the data-out (01b) or with its one block (11b)."""
-    _unprotected(task)
-    byte_check = task.cdb[1] >> 1 & 0x03
+    """VERIFY (10, 12, 16, 32): read (BYTCHK 00b), and compare with the data-out (01b) or with its one block (11b)."""
+    _unprotected(command, task)
+    byte_check = task.cdb[command.flags] >> 1 & 0x03
     if byte_check == 0x02:
-        raise invalid_cdb(1, 2)
+        raise invalid_cdb(command.flags, 2)
     lba, blocks = fields.extent(command, task.cdb)
     _in_range(disk, lba, blocks)
     if byte_check == 0x01 and blocks > disk.identity.max_transfer:
@@ -211,11 +229,11 @@ def _compare(disk: Disk, lba: int, blocks: int, expected: bytes) -> Steps:
 
 
 def write_and_verify(disk: Disk, command: Command, task: Task) -> Steps:
-    """WRITE AND VERIFY (10, 12, 16): on the medium, then read back; BYTCHK 01b compares (SBC-3 5.36)."""
-    _unprotected(task)
-    byte_check = task.cdb[1] >> 1 & 0x03
+    """WRITE AND VERIFY (10, 12, 16, 32): on the medium, then read back; BYTCHK 01b compares (SBC-3 5.36)."""
+    _unprotected(command, task)
+    byte_check = task.cdb[command.flags] >> 1 & 0x03
     if byte_check > 0x01:
-        raise invalid_cdb(1, 2)
+        raise invalid_cdb(command.flags, 2)
     lba, blocks = _transfer(disk, command, task)
     data = _data(disk, task, blocks)
     if not blocks:
@@ -249,20 +267,20 @@ def pre_fetch(disk: Disk, command: Command, task: Task) -> Steps:
 
 
 def write_same(disk: Disk, command: Command, task: Task) -> Steps:
-    """WRITE SAME (10, 16) with NDOB, UNMAP and ANCHOR (SBC-3 5.41, 5.43)."""
-    _unprotected(task)
-    flags = task.cdb[1]
+    """WRITE SAME (10, 16, 32) with NDOB, UNMAP and ANCHOR (SBC-3 5.41 to 5.43)."""
+    _unprotected(command, task)
+    flags = task.cdb[command.flags]
     unmap = bool(flags & 0x08)
     if flags & 0x10:
-        raise invalid_cdb(1, 4)  # ANCHOR: blocks cannot be anchored (ANC_SUP 0)
+        raise invalid_cdb(command.flags, 4)  # ANCHOR: blocks cannot be anchored (ANC_SUP 0)
     if unmap and not disk.identity.thin:
-        raise invalid_cdb(1, 3)
+        raise invalid_cdb(command.flags, 3)
     lba, blocks = fields.extent(command, task.cdb)
     _in_range(disk, lba, blocks)
     if not 0 < blocks <= disk.identity.max_write_same:  # WSNZ
         raise invalid_cdb(_length_field(command))
     zeros = bytes(disk.identity.block_size)
-    no_data = len(command.usage) == 16 and bool(flags & 0x01)  # NDOB
+    no_data = len(command.usage) > 10 and bool(flags & 0x01)  # NDOB
     block = zeros if no_data else _one_block(disk, task)
     yield Fill(lba, blocks, block, unmap=unmap and block == zeros)
     if not disk.mode.write_cache:
@@ -324,15 +342,22 @@ def get_lba_status(disk: Disk, command: Command, task: Task) -> Steps:
 
 #: Which of the functions above runs a command.
 HANDLERS: dict[Command, Handler] = {
-    **dict.fromkeys((fields.READ_6, fields.READ_10, fields.READ_12, fields.READ_16), read),
-    **dict.fromkeys((fields.WRITE_6, fields.WRITE_10, fields.WRITE_12, fields.WRITE_16), write),
-    **dict.fromkeys((fields.VERIFY_10, fields.VERIFY_12, fields.VERIFY_16), verify),
+    **dict.fromkeys((fields.READ_6, fields.READ_10, fields.READ_12, fields.READ_16, fields.READ_32), read),
+    **dict.fromkeys((fields.WRITE_6, fields.WRITE_10, fields.WRITE_12, fields.WRITE_16, fields.WRITE_32), write),
+    **dict.fromkeys((fields.VERIFY_10, fields.VERIFY_12, fields.VERIFY_16, fields.VERIFY_32), verify),
     **dict.fromkeys(
-        (fields.WRITE_AND_VERIFY_10, fields.WRITE_AND_VERIFY_12, fields.WRITE_AND_VERIFY_16), write_and_verify
+        (
+            fields.WRITE_AND_VERIFY_10,
+            fields.WRITE_AND_VERIFY_12,
+            fields.WRITE_AND_VERIFY_16,
+            fields.WRITE_AND_VERIFY_32,
+        ),
+        write_and_verify,
     ),
+    fields.WRITE_ATOMIC_16: write_atomic,
     **dict.fromkeys((fields.SYNCHRONIZE_CACHE_10, fields.SYNCHRONIZE_CACHE_16), synchronize_cache),
     **dict.fromkeys((fields.PRE_FETCH_10, fields.PRE_FETCH_16), pre_fetch),
-    **dict.fromkeys((fields.WRITE_SAME_10, fields.WRITE_SAME_16), write_same),
+    **dict.fromkeys((fields.WRITE_SAME_10, fields.WRITE_SAME_16, fields.WRITE_SAME_32), write_same),
     fields.COMPARE_AND_WRITE: compare_and_write,
     fields.ORWRITE_16: orwrite,
     fields.UNMAP: unmap,

@@ -19,13 +19,18 @@ from vhostfc.scsi.sense import Asc, illegal, invalid_cdb
 KEEP_ATTENTION = 0x80
 
 
+#: The opcode of all CDBs of 32 bytes (SPC-4 4.2.3), and what their ADDITIONAL CDB LENGTH is.
+VARIABLE_LENGTH, ADDITIONAL_CDB_LENGTH = 0x7F, 0x18
+
+
 @dataclass(frozen=True, slots=True)
 class Command:
     """One row of the table.
 
     usage: CDB usage data, as long as the CDB, opcode and service action as they are.
     ignored: bits, from byte 1 on, that may be set and mean nothing here.
-    service_action: the value in bits 4..0 of byte 1 (SPC-4 4.2.2.1), for opcodes that have one.
+    service_action: the value in bits 4..0 of byte 1 (SPC-4 4.2.2.1), for opcodes that have one; in a CDB of
+    32 bytes, in bytes 8 and 9 (4.2.3).
     writes: changes the medium, so a write-protected unit refuses it.
     thin: only for units with logical block provisioning.
     seconds: nominal and recommended timeout (SPC-4 6.35.4).
@@ -43,14 +48,17 @@ class Command:
     def opcode(self) -> int:
         return self.usage[0]
 
+    @property
+    def flags(self) -> int:
+        """The byte with the PROTECT field, DPO, FUA, BYTCHK, UNMAP and the like, of a media command."""
+        return 10 if self.opcode == VARIABLE_LENGTH else 1
+
     def check(self, cdb: bytes) -> None:
         """Raises CheckCondition unless every bit that is set is known; bytes beyond the CDB's length are padding."""
         if len(cdb) < len(self.usage):
             raise invalid_cdb(len(cdb))
         for i in range(1, len(self.usage)):
             allowed = self.usage[i] | self.ignored[i]
-            if i == 1 and self.service_action is not None:
-                allowed |= 0x1F
             if wrong := cdb[i] & ~allowed:
                 raise invalid_cdb(i, wrong.bit_length() - 1)
 
@@ -70,6 +78,23 @@ def _command(
     passing = bytearray(bytes.fromhex(ignored).ljust(len(bits), b"\0"))
     passing[-1] |= 0xC0
     return Command(name, bits, bytes(passing), service_action, writes, thin, seconds)
+
+
+def _sanitize(name: str, action: int, *, thin: bool = False) -> Command:
+    usage = f"48 {0xA0 | action:02x} 00 00 00 00 00 ff ff 00"
+    return _command(f"SANITIZE, {name}", usage, service_action=action, writes=True, thin=thin, seconds=(1, 3600))
+
+
+def _long(
+    name: str, action: int, flags: str, passing: str, *, writes: bool, seconds: tuple[int, int] = (1, 30)
+) -> Command:
+    """A command of 32 bytes (SBC-3 5.11, 5.31, 5.35, 5.38, 5.42).
+
+    Bytes 20 to 27 are for protection information, which there is none of; CONTROL is byte 1, GROUP NUMBER byte 6.
+    """
+    usage = bytes.fromhex(f"7f 00 00000000 00 18 {action:04x} {flags} 00" + "ff" * 8 + "00" * 8 + "ff" * 4)
+    ignored = bytes.fromhex(f"00 c0 00000000 1f 00 0000 {passing} 00" + "00" * 8 + "ff" * 8 + "00" * 4)
+    return Command(name, usage, ignored, action, writes, seconds=seconds)
 
 
 # Byte 1, bits 7..5, was the LUN up to SCSI-2; edk2 still sends it in commands that find a disk ("00e0").
@@ -100,6 +125,11 @@ SYNCHRONIZE_CACHE_10 = _command(
 )
 READ_DEFECT_DATA_10 = _command("READ DEFECT DATA(10)", "37 00 1f 00 00 00 00 ff ff 00")
 WRITE_SAME_10 = _command("WRITE SAME(10)", "41 f8 ff ff ff ff 00 ff ff 00", "00 01 00 00 00 00 1f", writes=True)
+SANITIZE_OVERWRITE = _sanitize("OVERWRITE", 0x01)
+SANITIZE_BLOCK_ERASE = _sanitize("BLOCK ERASE", 0x02, thin=True)
+SANITIZE_CRYPTOGRAPHIC_ERASE = _sanitize("CRYPTOGRAPHIC ERASE", 0x03)
+SANITIZE_EXIT_FAILURE_MODE = _sanitize("EXIT FAILURE MODE", 0x1F)
+SANITIZES = (SANITIZE_OVERWRITE, SANITIZE_BLOCK_ERASE, SANITIZE_CRYPTOGRAPHIC_ERASE, SANITIZE_EXIT_FAILURE_MODE)
 UNMAP = _command("UNMAP", "42 01 00 00 00 00 00 ff ff 00", "00 00 00 00 00 00 1f", writes=True, thin=True)
 LOG_SENSE = _command("LOG SENSE", "4d 01 ff ff 00 00 00 ff ff 00")
 MODE_SELECT_10 = _command("MODE SELECT(10)", "55 11 00 00 00 00 00 ff ff 00", "00 e0")
@@ -157,6 +187,12 @@ PRE_FETCH_16 = _command("PRE-FETCH(16)", "90 02" + "ff" * 12 + "00 00", "00" * 1
 SYNCHRONIZE_CACHE_16 = _command(
     "SYNCHRONIZE CACHE(16)", "91 02" + "ff" * 12 + "00 00", "00 04" + "00" * 12 + "1f", seconds=(1, 60)
 )
+WRITE_ATOMIC_16 = _command("WRITE ATOMIC(16)", "9c f8" + "ff" * 12 + "00 00", "00" * 14 + "1f", writes=True)
+READ_32 = _long("READ(32)", 0x0009, "f8", "03", writes=False)
+VERIFY_32 = _long("VERIFY(32)", 0x000A, "f6", "00", writes=False, seconds=(1, 300))
+WRITE_32 = _long("WRITE(32)", 0x000B, "f8", "03", writes=True)
+WRITE_AND_VERIFY_32 = _long("WRITE AND VERIFY(32)", 0x000C, "f6", "00", writes=True)
+WRITE_SAME_32 = _long("WRITE SAME(32)", 0x000D, "f9", "00", writes=True)
 WRITE_SAME_16 = _command("WRITE SAME(16)", "93 f9" + "ff" * 12 + "00 00", "00" * 14 + "1f", writes=True)
 READ_CAPACITY_16 = _command("READ CAPACITY(16)", "9e 10" + "ff" * 12 + "01 00", service_action=0x10)
 GET_LBA_STATUS = _command("GET LBA STATUS", "9e 12" + "ff" * 12 + "00 00", service_action=0x12, thin=True)
@@ -203,15 +239,26 @@ def parse(cdb: bytes, *, thin: bool = True) -> Command:
     An opcode that is not in the table is INVALID COMMAND OPERATION CODE, a service action that is not,
     an INVALID FIELD IN CDB (SPC-4 4.2.5.1, 6.35).  thin: the unit has logical block provisioning.
     """
-    if not cdb:
-        raise illegal(Asc.INVALID_COMMAND_OPERATION_CODE)
-    opcode = cdb[0]
-    has_action = opcode in SERVICE_ACTION_OPCODES and len(cdb) > 1
-    command = find(opcode, cdb[1] & 0x1F if has_action else None)
+    command = known(cdb)
     if command is None or (command.thin and not thin):
+        if cdb and cdb[0] == VARIABLE_LENGTH:
+            raise invalid_cdb(8, 7)
+        has_action = len(cdb) > 1 and cdb[0] in SERVICE_ACTION_OPCODES
         raise invalid_cdb(1, 4) if has_action else illegal(Asc.INVALID_COMMAND_OPERATION_CODE)
+    if command.opcode == VARIABLE_LENGTH and cdb[7] != ADDITIONAL_CDB_LENGTH:
+        raise invalid_cdb(7)
     command.check(cdb)
     return command
+
+
+def known(cdb: bytes) -> Command | None:
+    """The command that a CDB is of, by its opcode and service action; nothing else is looked at."""
+    if not cdb:
+        return None
+    if cdb[0] == VARIABLE_LENGTH:
+        return find(VARIABLE_LENGTH, number(cdb, 8, 9)) if len(cdb) >= 10 else None
+    has_action = cdb[0] in SERVICE_ACTION_OPCODES and len(cdb) > 1
+    return find(cdb[0], cdb[1] & 0x1F if has_action else None)
 
 
 def number(cdb: bytes, start: int, end: int) -> int:
@@ -221,6 +268,8 @@ def number(cdb: bytes, start: int, end: int) -> int:
 
 def extent(command: Command, cdb: bytes) -> tuple[int, int]:
     """(LBA, number of blocks) of a media command, by the length of its CDB (SPC-4 4.2.2)."""
+    if command == WRITE_ATOMIC_16:  # bytes 10 and 11 are ATOMIC BOUNDARY
+        return number(cdb, 2, 9), number(cdb, 12, 13)
     match len(command.usage):
         case 6:
             return number(cdb, 1, 3) & 0x1FFFFF, cdb[4] or 256
@@ -228,5 +277,7 @@ def extent(command: Command, cdb: bytes) -> tuple[int, int]:
             return number(cdb, 2, 5), number(cdb, 7, 8)
         case 12:
             return number(cdb, 2, 5), number(cdb, 6, 9)
+        case 32:
+            return number(cdb, 12, 19), number(cdb, 28, 31)
         case _:
             return number(cdb, 2, 9), number(cdb, 10, 13)

@@ -65,6 +65,10 @@ class Copies:
     def forget(self, nexus: Nexus) -> None:
         self._ended.pop(nexus, None)
 
+    def clear(self) -> None:
+        """The unit was reset: nothing is held for anybody (SPC-4 5.17.4.3)."""
+        self._ended.clear()
+
 
 class Unit(Protocol):
     """What these commands need of their unit."""

@@ -70,13 +70,16 @@ class Identity:
     max_unmap: int = 1 << 20
     max_unmap_descriptors: int = 256
     max_compare_and_write: int = 255
+    max_atomic: int = 0
 
     def __post_init__(self) -> None:
-        """Limits that are 0 take their defaults: 32 MiB a transfer, 1 MiB a WRITE SAME."""
+        """Limits that are 0 take their defaults: 32 MiB a transfer, 1 MiB a WRITE SAME or a WRITE ATOMIC."""
         if not self.max_transfer:
             object.__setattr__(self, "max_transfer", (32 << 20) // self.block_size)
         if not self.max_write_same:
             object.__setattr__(self, "max_write_same", (1 << 20) // self.block_size)
+        if not self.max_atomic:
+            object.__setattr__(self, "max_atomic", (1 << 20) // self.block_size)
 
     def group(self, relative: int) -> int:
         """The target port group of a port; 0, which is no group's number, for a port that is not listed."""
@@ -179,6 +182,15 @@ def _extended(identity: Identity) -> bytes:
     return bytes(body)
 
 
+def _scsi_ports(identity: Identity) -> bytes:
+    """88h (SPC-4 7.8.15): every target port of the device, whichever one the command came through."""
+    body = b""
+    for one in identity.ports:
+        name = designator(1, 3, one.name, association=1)
+        body += struct.pack("!2xH2xH2xH", one.relative, 0, len(name)) + name
+    return body
+
+
 def _third_party_copy(identity: Identity) -> bytes:
     """8Fh (SPC-4 7.8.17): supported commands, parameter data, supported descriptors, CSCD IDs, general operations."""
     commands = bytes([0x83, 1, 0x00, 0x84, 2, 0x00, 0x03])
@@ -197,10 +209,10 @@ def _third_party_copy(identity: Identity) -> bytes:
 
 
 def _block_limits(identity: Identity) -> bytes:
-    """B0h (SBC-3 6.6.4)."""
+    """B0h (SBC-3 6.6.4, with the atomic fields of SBC-4)."""
     granularity = 1 << identity.physical_exponent
     return struct.pack(
-        "!BBHIIIIIIIQ20x",
+        "!BBHIIIIIIIQIIIII",
         0x01,  # WSNZ: a WRITE SAME of zero blocks is refused
         identity.max_compare_and_write,
         granularity if identity.physical_exponent else 0,  # OPTIMAL TRANSFER LENGTH GRANULARITY
@@ -212,12 +224,17 @@ def _block_limits(identity: Identity) -> bytes:
         granularity if identity.thin else 0,  # OPTIMAL UNMAP GRANULARITY
         0x80000000 if identity.thin else 0,  # UGAVALID, UNMAP GRANULARITY ALIGNMENT 0
         identity.max_write_same,
+        identity.max_atomic,
+        *(0, 0, 0, 0),  # ATOMIC ALIGNMENT and GRANULARITY: any; with ATOMIC BOUNDARY: nothing
     )
 
 
 def _characteristics(identity: Identity) -> bytes:
-    """B1h (SBC-3 6.6.3): MEDIUM ROTATION RATE; form factor not reported."""
-    return struct.pack("!H58x", identity.rotation)
+    """B1h (SBC-3 6.6.3): MEDIUM ROTATION RATE; WABEREQ and WACEREQ 01b; form factor not reported.
+
+    01b: after a SANITIZE with erasure, what is not written yet is read without an error (SBC-3 table 202).
+    """
+    return struct.pack("!HxB56x", identity.rotation, (0x40 if identity.thin else 0x00) | 0x10)
 
 
 def _provisioning(identity: Identity) -> bytes:
@@ -229,13 +246,17 @@ def vital_product_data(identity: Identity, code: int, port: int) -> bytes:
     """A vital product data page of the disk.  Raises CheckCondition for one that it does not have."""
     match code:
         case 0x00:
-            body = bytes([0x00, 0x80, 0x83, 0x86, 0x8F, 0xB0, 0xB1, 0xB2])
+            body = bytes([0x00, 0x80, 0x83, 0x86, 0x87, 0x88, 0x8F, 0xB0, 0xB1, 0xB2])
         case 0x80:
             body = identity.serial.encode("ascii", "replace")
         case 0x83:
             body = designators(identity, port)
         case 0x86:
             body = _extended(identity)
+        case 0x87:
+            body = bytes([0x3F, 0xFF, 0x00, 0x00])  # all mode pages are shared by all nexuses (SPC-4 7.8.10)
+        case 0x88:
+            body = _scsi_ports(identity)
         case 0x8F:
             body = _third_party_copy(identity)
         case 0xB0:

@@ -39,8 +39,8 @@ def formats(identity: Identity) -> dict[int, PageFormat]:
     may_cache = bytearray(20)
     if identity.write_cache:
         caching[2] = may_cache[2] = 0x04  # WCE
-    # GLTSD, unrestricted reordering, QERR 00b, BUSY TIMEOUT PERIOD unlimited
-    control = bytes.fromhex("0a 0a 02 10 00 00 00 00 ffff 0000")
+    # GLTSD, unrestricted reordering, QERR 00b, TAS (who is aborted by others is told), BUSY TIMEOUT PERIOD unlimited
+    control = bytes.fromhex("0a 0a 02 10 00 40 00 00 ffff 0000")
     may_control = bytearray(12)
     may_control[2] = 0x04  # D_SENSE
     may_control[4] = 0x08  # SWP

@@ -57,11 +57,17 @@ def read_capacity_16(identity: Identity, blocks: int) -> bytes:
 
 
 def supported_operation_codes(request: bytes, commands: tuple[Command, ...]) -> bytes:
-    """REPORT SUPPORTED OPERATION CODES parameter data (SPC-4 6.35) for a CDB and the commands that there are."""
+    """REPORT SUPPORTED OPERATION CODES parameter data (SPC-4 6.35) for a CDB and the commands that there are.
+
+    CDBs of 32 bytes are reported to whoever asks for them by name, and left out of the list of all: initiators that
+    go through that list have room for usage data of 16 bytes (libiscsi), and judge the rest as zeros.
+    """
     with_timeouts = bool(request[2] & 0x80)
     options, opcode, action = request[2] & 0x07, request[3], cdb.number(request, 4, 5)
     if options == 0:
-        body = b"".join(_descriptor(command, with_timeouts=with_timeouts) for command in commands)
+        body = b"".join(
+            _descriptor(command, with_timeouts=with_timeouts) for command in commands if len(command.usage) <= 16
+        )
         return struct.pack("!I", len(body)) + body
     known = [command for command in commands if command.opcode == opcode]
     has_actions = any(command.service_action is not None for command in known)
@@ -91,8 +97,8 @@ def _timeouts(command: Command) -> bytes:
 
 
 def supported_task_management(*, extended: bool) -> bytes:
-    """REPORT SUPPORTED TASK MANAGEMENT FUNCTIONS: ATS, ATSS, CTSS, LURS; with REPD set, 16 bytes and no timeouts."""
-    return bytes([0xD8, 0, 0, 12]) + bytes(12) if extended else bytes([0xD8, 0, 0, 0])
+    """REPORT SUPPORTED TASK MANAGEMENT FUNCTIONS: ATS, ATSS, CTSS, LURS, QTSS; with REPD set, 16 bytes, no timeouts."""
+    return bytes([0xD8, 0x02, 0, 12]) + bytes(12) if extended else bytes([0xD8, 0x02, 0, 0])
 
 
 def log_pages(request: bytes) -> bytes:

@@ -39,6 +39,7 @@ class Asc(enum.IntEnum):
     LOGICAL_UNIT_NOT_ACCESSIBLE_ASYMMETRIC_ACCESS_STATE_TRANSITION = 0x040A
     LOGICAL_UNIT_NOT_ACCESSIBLE_TARGET_PORT_IN_STANDBY_STATE = 0x040B
     LOGICAL_UNIT_NOT_ACCESSIBLE_TARGET_PORT_IN_UNAVAILABLE_STATE = 0x040C
+    LOGICAL_UNIT_NOT_READY_SANITIZE_IN_PROGRESS = 0x041B
     UNREACHABLE_COPY_TARGET = 0x0804
     WRITE_ERROR = 0x0C00
     COPY_TARGET_DEVICE_NOT_REACHABLE = 0x0D02
@@ -73,6 +74,7 @@ class Asc(enum.IntEnum):
     ASYMMETRIC_ACCESS_STATE_CHANGED = 0x2A06
     CAPACITY_DATA_HAS_CHANGED = 0x2A09
     COMMANDS_CLEARED_BY_ANOTHER_INITIATOR = 0x2F00
+    SANITIZE_COMMAND_FAILED = 0x3103
     SAVING_PARAMETERS_NOT_SUPPORTED = 0x3900
     MICROCODE_HAS_BEEN_CHANGED = 0x3F01
     INQUIRY_DATA_HAS_CHANGED = 0x3F03
@@ -97,13 +99,26 @@ class FieldPointer:
 
 
 @dataclass(frozen=True, slots=True)
+class Progress:
+    """PROGRESS INDICATION (SPC-4 4.5.2.4.4): how much is done, in 65536ths."""
+
+    done: int
+
+    def encode(self) -> bytes:
+        return struct.pack("!BH", 0x80, self.done)
+
+
+@dataclass(frozen=True, slots=True)
 class Sense:
-    """What went wrong.  information: an LBA, or for COMPARE AND WRITE a byte offset."""
+    """What went wrong.  information: an LBA, or for COMPARE AND WRITE a byte offset.
+
+    field: the sense-key specific part: which field is in error, or how far an operation is.
+    """
 
     key: SenseKey
     asc: Asc
     information: int | None = None
-    field: FieldPointer | None = None
+    field: FieldPointer | Progress | None = None
 
     def encode(self, *, descriptor: bool = False) -> bytes:
         """Sense data: 18 bytes in fixed format, or 8 bytes and descriptors with descriptor=True.

@@ -116,11 +116,12 @@ class Read:
 
 @dataclass(frozen=True, slots=True)
 class Write:
-    """data: whole blocks."""
+    """data: whole blocks.  atomic: after whatever crash, all of it or none of it is there; with fua only."""
 
     lba: int
     data: bytes
     fua: bool = False
+    atomic: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +174,26 @@ class Keep:
     state: State | None
 
 
-Effect = Hold | Read | Write | Fill | Flush | Extents | AbortTasks | TakeTurn | Keep
+@dataclass(frozen=True, slots=True)
+class KeepNote:
+    """Answered with True when this note of the unit would be found after a crash, else with False.
+
+    data: None removes it.
+    """
+
+    name: str
+    data: bytes | None
+
+
+@dataclass(frozen=True, slots=True)
+class Background:
+    """Run these steps to their end, whatever becomes of the command.  wait: answered then, else at once."""
+
+    steps: Generator[Effect, object, None]
+    wait: bool
+
+
+Effect = Hold | Read | Write | Fill | Flush | Extents | AbortTasks | TakeTurn | Keep | KeepNote | Background
 
 
 class MediumError(Exception):

@@ -23,6 +23,8 @@ from vhostfc.scsi.extended_copy import Copies
 from vhostfc.scsi.inquiry import Identity
 from vhostfc.scsi.mode import ModePages
 from vhostfc.scsi.reservations import ReservationConflict, Right
+from vhostfc.scsi.sanitize import HANDLERS as SANITIZING
+from vhostfc.scsi.sanitize import Sanitizing
 from vhostfc.scsi.sense import NO_SENSE, Asc, CheckCondition, Sense, SenseKey, illegal, invalid_cdb
 from vhostfc.scsi.server import Inventory, answer_report_luns, check_condition, inquiry_page
 from vhostfc.scsi.task import (
@@ -46,8 +48,13 @@ from vhostfc.scsi.task import (
 #: These neither report a pending unit attention condition nor clear it in the common way (SAM-5 5.14).
 _NO_ATTENTION = frozenset((fields.INQUIRY.opcode, fields.REPORT_LUNS.opcode, fields.REQUEST_SENSE.opcode))
 
-#: Of reservations, target port groups and copies.
-_OTHERS: dict[Command, Callable[[LogicalUnit, Command, Task], Steps]] = {**RESERVING, **GROUPING, **COPYING}
+#: Of reservations, target port groups, copies and SANITIZE.
+_OTHERS: dict[Command, Callable[[LogicalUnit, Command, Task], Steps]] = {
+    **RESERVING,
+    **GROUPING,
+    **COPYING,
+    **SANITIZING,
+}
 
 _FAST_READS = (fields.READ_6, fields.READ_10, fields.READ_12, fields.READ_16)
 _FAST_FLUSHES = (fields.SYNCHRONIZE_CACHE_10, fields.SYNCHRONIZE_CACHE_16)
@@ -79,6 +86,7 @@ class LogicalUnit:
         self.reservations = Reservations()
         self.access = Access()
         self.copies = Copies()
+        self.sanitizing = Sanitizing()
         self._inventory = inventory
         self._commands = tuple(one for one in COMMANDS if identity.thin or not one.thin)
 
@@ -127,10 +135,10 @@ class LogicalUnit:
 
         Nothing while a unit attention is pending or the nexus is not attached; no writes while the unit
         is write-protected, nor while WCE is off on a unit with a cache, when each write has to be flushed;
-        and nothing that a reservation of others forbids, or the state of the target port group.
+        and nothing that a reservation of others forbids, the state of the target port group, or a SANITIZE.
         """
         right = self.reservations.right(nexus)
-        if right is Right.NONE or not self._access_state(nexus).active:
+        if right is Right.NONE or not self._access_state(nexus).active or self.sanitizing.closed:
             return _MASK_NOTHING
         if not self.attentions.attached(nexus) or self.attentions.pending(nexus):
             return _MASK_NOTHING
@@ -156,6 +164,7 @@ class LogicalUnit:
                 yield AbortTasks(self.attentions.nexuses | {nexus}, reset=True)
                 self.mode.reset()
                 self.reservations.lose()
+                self.copies.clear()
                 self.attention(Asc.BUS_DEVICE_RESET_FUNCTION_OCCURRED)
             case _:
                 return ServiceResponse.FUNCTION_REJECTED  # CLEAR ACA: NORMACA is 0
@@ -204,6 +213,7 @@ class LogicalUnit:
         command = fields.parse(task.cdb, thin=self.identity.thin)
         self.access.check(command, self.identity.group(task.nexus.port))
         self.reservations.check(command, task.cdb, task.nexus)
+        self.sanitizing.check(command)
         if command.writes and self.mode.write_protected:
             raise CheckCondition(Sense(SenseKey.DATA_PROTECT, Asc.WRITE_PROTECTED))
         if handler := media.HANDLERS.get(command):
@@ -224,7 +234,7 @@ class LogicalUnit:
             case fields.REPORT_LUNS:
                 data = answer_report_luns(self._inventory, task)
             case fields.REQUEST_SENSE:
-                sense = self.attentions.take(task.nexus) or NO_SENSE
+                sense = self.attentions.take(task.nexus) or self.sanitizing.sense or NO_SENSE
                 data = sense.encode(descriptor=bool(cdb[1] & 0x01))[: cdb[4]]
             case fields.READ_CAPACITY_10:
                 if not cdb[8] & 0x01 and fields.number(cdb, 2, 5):

@@ -339,3 +339,14 @@ class Event:
     def param_change(cls, target: int, lun: int, asc: int, ascq: int, *, missed: bool = False) -> Self:
         """A unit's parameters changed, as the sense code says (2Ah 09h: its capacity).  Needs CHANGE."""
         return cls(EventType.PARAM_CHANGE, encode_event_lun(target, lun), asc | ascq << 8, missed)
+
+
+def cdb_of(field: bytes) -> bytes:
+    """The CDB in a request's cdb field, without what the driver has filled the field up with.
+
+    At least 16 bytes; more only for a variable length CDB (7Fh, SPC-4 4.2.3), or where more than zeros follow: a target
+    may refuse a command whose CDB is longer than its operation code says.
+    """
+    if field[:1] == b"\x7f":
+        return field[: max(16, 8 + field[7])]
+    return field if any(field[16:]) else field[:16]

@@ -1,0 +1,196 @@
+"""The privileged helper: what it does for whom, and what it does not; and the kernel by way of it."""
+
+from __future__ import annotations
+
+import errno
+import os
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import pytest
+import structlog
+import trio
+
+from tests.fakes.array import FakeTarget, FakeUnit
+from tests.fakes.kernel import FakeKernel
+from tests.ports.contract import ME, OTHER
+from vhostfc.daemon.helped import HelpedKernel
+from vhostfc.daemon.helper import Helper, listening_socket, run_helper
+from vhostfc.errors import VhostfcError
+from vhostfc.fc.wwn import Wwn
+from vhostfc.ports.fcevents import FcEvent, Hint, Uevent
+
+LOG = structlog.get_logger()
+NAMES = f"{ME.wwpn:016x}:{ME.wwnn:016x}"
+STRANGER = f"{OTHER.wwpn:016x}:{OTHER.wwnn:016x}"
+
+
+@dataclass
+class Lab:
+    kernel: FakeKernel
+    helped: HelpedKernel
+    helper: Helper
+    socket: Path
+
+    def path(self, relative: str) -> Path:
+        return self.kernel.root / relative
+
+
+@pytest.fixture
+async def lab(tmp_path: Path, nursery: trio.Nursery) -> Lab:
+    etc = tmp_path / "etc"
+    etc.mkdir()
+    (etc / "vm1.toml").write_text(f'[[port]]\nwwpn = "{ME.wwpn}"\nwwnn = "{ME.wwnn}"\n')
+    (etc / "broken.toml").write_text("port = 7\n")
+    target = FakeTarget(Wwn(0x5006_0160_0000_0001), 0x01FE01, {0: FakeUnit(bytearray(4096))})
+    kernel = FakeKernel(tmp_path, nursery, target)
+    path = tmp_path / "helper.sock"
+    listener = listening_socket(path, None)
+    await nursery.start(partial(run_helper, listener, kernel, etc=etc, users={os.getuid()}, log=LOG))
+    return Lab(kernel, HelpedKernel(path, sys=kernel.root), Helper(kernel, etc, log=LOG), path)
+
+
+async def test_a_vport_is_made_and_deleted(lab: Lab) -> None:
+    at = lab.path("class/fc_host/host0")
+    assert await lab.helped.write(at / "vport_create", NAMES.encode()) == 33
+    assert lab.kernel.sysfs.vport_of(ME.wwpn) is not None
+    await lab.helped.write(at / "vport_delete", NAMES.encode())
+    assert lab.kernel.sysfs.vport_of(ME.wwpn) is None
+
+
+@pytest.mark.parametrize("code", [errno.EINTR, errno.ENOSPC, errno.ENOTUNIQ])
+async def test_what_the_kernel_says_comes_through(lab: Lab, code: int) -> None:
+    lab.kernel.next_create = code
+    with pytest.raises(OSError, match=r".") as refused:
+        await lab.helped.write(lab.path("class/fc_host/host0/vport_create"), NAMES.encode())
+    assert refused.value.errno == code
+
+
+async def test_a_short_count_comes_through(lab: Lab) -> None:
+    lab.kernel.next_create = -9
+    assert await lab.helped.write(lab.path("class/fc_host/host0/vport_create"), NAMES.encode()) == 9
+
+
+@pytest.mark.parametrize(
+    ("relative", "data"),
+    [
+        ("class/fc_host/host0/vport_create", STRANGER),
+        ("class/fc_host/host0/vport_delete", STRANGER),
+        ("class/fc_host/host0/vport_create", "all of them"),
+        ("class/fc_host/host0/issue_lip", "1"),
+        ("class/fc_host/host0/dev_loss_tmo", "1"),
+        ("class/fc_host/../../bus/scsi/drivers_autoprobe", "1"),
+        ("bus/scsi/drivers_autoprobe", "1"),
+        ("class/scsi_host/host0/scan", "- - -"),
+        ("class/scsi_device/0:0:0:0/device/delete", "1"),
+        ("class/fc_vports/vport-0:0-0/symbolic_name", "somebody else"),
+        ("class/fc_vports/vport-0:0-0/vport_disable", "yes"),
+        ("/etc/passwd", "x"),
+    ],
+)
+async def test_nothing_else_is_written(lab: Lab, relative: str, data: str) -> None:
+    lab.kernel.make_vport(lab.kernel.hosts["host0"], ME.wwpn, ME.wwnn)
+    answer = await lab.helper.answer(b'{"write": "%s", "data": "%s"}' % (relative.encode(), data.encode()))
+    assert (answer["ok"], answer["errno"]) == (False, errno.EPERM)
+    assert lab.kernel.writes == []
+
+
+async def test_what_is_below_a_strangers_vport_is_not_touched(lab: Lab) -> None:
+    vhost = lab.kernel.make_vport(lab.kernel.hosts["host0"], OTHER.wwpn, OTHER.wwnn)
+    with pytest.raises(PermissionError, match=r"belongs to no vport of an adapter"):
+        await lab.helped.write(lab.path(f"class/scsi_host/{vhost.name}/scan"), b"- - -")
+
+
+async def settled(lab: Lab) -> str:
+    """A vport of ours with its unit; the name of its host."""
+    vhost = lab.kernel.make_vport(lab.kernel.hosts["host0"], ME.wwpn, ME.wwnn)
+    while not lab.kernel.nodes:
+        await trio.sleep(0.01)
+    return vhost.name
+
+
+async def test_settings_below_a_vport_of_ours(lab: Lab) -> None:
+    name = await settled(lab)
+    for relative, data in (
+        ("class/fc_remote_ports/rport-1:0-0/dev_loss_tmo", "30"),
+        ("class/fc_remote_ports/rport-1:0-0/fast_io_fail_tmo", "5"),
+        ("class/fc_vports/vport-0:0-0/symbolic_name", "vhostfc vm1"),
+        (f"class/scsi_host/{name}/scan", "0 0 -"),
+        ("class/scsi_device/1:0:0:0/device/delete", "1"),
+    ):
+        await lab.helped.write(lab.path(relative), data.encode())
+        assert lab.kernel.writes[-1] == (relative, data)
+
+
+async def test_a_unit_is_reset_without_escalation_only(lab: Lab) -> None:
+    await settled(lab)
+    (lun,) = lab.kernel.sysfs.luns("host1")
+    await lab.helped.reset(lun, 0x101)
+    assert lab.kernel.resets == [("1:0:0:0", 0x101)]
+    for level in (0x103, 1, 3, "all"):
+        answer = await lab.helper.answer(
+            b'{"reset": "1:0:0:0", "level": %s}' % repr(level).encode().replace(b"'", b'"')
+        )
+        assert answer["errno"] == errno.EPERM
+    with pytest.raises(OSError, match=r".") as refused:
+        await lab.helped.reset(lun, 0x104)
+    assert refused.value.errno == errno.EIO
+    assert await lab.helper.answer(b'{"reset": "0:0:0:0", "level": 257}') == {
+        "ok": False,
+        "errno": errno.EPERM,
+        "error": f"{lab.kernel.root}/class/scsi_device/0:0:0:0 belongs to no vport of an adapter",
+    }
+
+
+@pytest.mark.parametrize("line", [b"", b"{", b"[]", b"7", b'{"write": 7}', b"[" * 100_000, b'{"nonsense": true}'])
+async def test_nonsense_is_answered(lab: Lab, line: bytes) -> None:
+    assert (await lab.helper.answer(line))["ok"] is False
+
+
+async def test_who_sends_too_much_is_left(lab: Lab) -> None:
+    stream = await trio.open_unix_socket(str(lab.socket))
+    async with stream:
+        await stream.send_all(bytes(6000))
+        assert await stream.receive_some(10) == b""
+
+
+async def test_hints_are_passed_on(lab: Lab) -> None:
+    async with lab.helped.hints() as hints:
+        while not lab.kernel._listeners:
+            await trio.sleep(0.01)
+        await settled(lab)
+        seen: list[Hint] = []
+        with trio.fail_after(5):
+            while not any(isinstance(hint, FcEvent) for hint in seen) or not any(
+                isinstance(hint, Uevent) and hint.subsystem == "scsi_generic" for hint in seen
+            ):
+                seen.append(await hints.receive())
+        lab.kernel.attention(lab.kernel.targets[0], "CAPACITY_DATA_HAS_CHANGED", 0)
+        with trio.fail_after(5):
+            while not (isinstance(hint := await hints.receive(), Uevent) and hint.action == "change"):
+                pass
+        assert hint.properties["SDEV_UA"] == "CAPACITY_DATA_HAS_CHANGED"
+
+
+async def test_a_helper_that_is_away_is_an_error_with_its_path(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match=r"helper\.sock.*vhostfc-helper\.socket"):
+        await HelpedKernel(tmp_path / "helper.sock").write(Path("/sys/x"), b"1")
+
+
+async def test_others_are_not_answered(tmp_path: Path, nursery: trio.Nursery) -> None:
+    if os.getuid() == 0:
+        pytest.skip("root is always answered")
+    listener = listening_socket(tmp_path / "h.sock", None)
+    kernel = FakeKernel(tmp_path, nursery)
+    await nursery.start(partial(run_helper, listener, kernel, etc=tmp_path, users={12345}, log=LOG))
+    stream = await trio.open_unix_socket(str(tmp_path / "h.sock"))
+    async with stream:
+        assert await stream.receive_some(10) == b""
+
+
+def test_the_socket_is_for_its_group(tmp_path: Path) -> None:
+    with listening_socket(tmp_path / "h.sock", os.getgid()):
+        assert (tmp_path / "h.sock").stat().st_mode & 0o777 == 0o660
+    with pytest.raises(VhostfcError, match=r"nowhere/h\.sock"):
+        listening_socket(tmp_path / "nowhere/h.sock", None)

@@ -1,0 +1,433 @@
+"""A vport's port beyond the contract: timers, lost paths, resets that cannot be, limits, other devices, lives."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+import structlog
+import trio
+
+from tests.fakes.array import FakeTarget, FakeUnit
+from tests.fakes.kernel import FakeKernel
+from tests.fc.tiny import Done
+from tests.ports.contract import ME, TUR, lun, path_to, ready, sense, take, take_routed, until_topology
+from vhostfc.errors import LoginRefused
+from vhostfc.fc.wwn import Wwn
+from vhostfc.ports.base import (
+    Outcome,
+    PortEventKind,
+    RemotePortState,
+    ScsiResult,
+    TaskManagement,
+    TaskManagementResponse,
+    Unit,
+)
+from vhostfc.ports.npiv import NpivFabric, NpivPort
+from vhostfc.ports.npiv_commands import clamped, result_of
+from vhostfc.ports.npiv_paths import MASK, shares, transfer_limit
+from vhostfc.ports.sg import CHANGER, TAPE, SgOutcome, cdb_of, timeouts
+from vhostfc.ports.vport import Parents
+
+ARRAY = Wwn(0x5006_0160_0000_0001)
+UNIT = Unit(ARRAY, lun(0))
+LOG = structlog.get_logger()
+
+
+class Lab:
+    def __init__(self, directory: Path, nursery: trio.Nursery, style: str = "fcoe") -> None:
+        units = {number: FakeUnit(bytearray(1 << 20), b"disk %d" % number) for number in (0, 1)}
+        self.array = FakeTarget(ARRAY, 0x01FE01, units)
+        self.kernel = FakeKernel(directory, nursery, self.array, style=style)
+        self.directory = directory
+
+    def fabric(self, **options: object) -> NpivFabric:
+        settings = {"dev_loss": 2, "fast_io_fail": 1, "command_timeout": 10.0, "survey": 0.3, **options}
+        return NpivFabric(
+            self.kernel,
+            Parents(),
+            state=self.directory / "state",
+            log=LOG,
+            **settings,  # type: ignore[arg-type]
+        )
+
+    @property
+    def vhost(self) -> object:
+        return next(host for host in self.kernel.hosts.values() if host.parent)
+
+
+@pytest.fixture
+def lab(tmp_path: Path, nursery: trio.Nursery) -> Lab:
+    return Lab(tmp_path, nursery)
+
+
+@pytest.fixture
+async def port(lab: Lab) -> AsyncIterator[NpivPort]:
+    async with lab.fabric().login(ME) as port:
+        assert isinstance(port, NpivPort)
+        yield port
+
+
+def state(port: NpivPort) -> RemotePortState | None:
+    return port.state_of(ARRAY)
+
+
+async def until(port: NpivPort, wanted: object) -> None:
+    if not wanted():  # type: ignore[operator]
+        await until_topology(port, wanted)
+
+
+# ---------------------------------------------------------------- timers and lost paths
+
+
+async def test_the_timers_of_each_remote_port_are_set(lab: Lab, port: NpivPort) -> None:
+    at = lab.kernel.sysfs.of_class("fc_remote_ports") / "rport-1:0-0"
+    assert (lab.kernel.sysfs.text(at / "dev_loss_tmo"), lab.kernel.sysfs.text(at / "fast_io_fail_tmo")) == ("2", "1")
+
+
+@pytest.mark.parametrize(("dev_loss", "fast"), [(3600, 5), (60, 30), (3, 2), (700, 100)])
+async def test_no_pair_of_timers_is_refused(lab: Lab, dev_loss: int, fast: int) -> None:
+    """The kernel refuses pairs that would be wrong only for a moment."""
+    async with lab.fabric(dev_loss=dev_loss, fast_io_fail=fast).login(ME):
+        at = lab.kernel.sysfs.of_class("fc_remote_ports") / "rport-1:0-0"
+        assert lab.kernel.sysfs.text(at / "dev_loss_tmo") == str(dev_loss)
+        assert lab.kernel.sysfs.text(at / "fast_io_fail_tmo") == str(fast)
+
+
+async def test_a_lost_path_keeps_its_units_until_dev_loss(lab: Lab, port: NpivPort) -> None:
+    lab.kernel.lose(lab.vhost, lab.array)  # type: ignore[arg-type]
+    await until(port, lambda: state(port) is RemotePortState.BLOCKED)
+    assert len(list(port.units_of(ARRAY))) == 2
+    began = trio.current_time()
+    assert await port.execute(UNIT, TUR) == ScsiResult(Outcome.PATH_LOST)
+    assert trio.current_time() - began < 2
+    await until(port, lambda: state(port) is RemotePortState.NOT_PRESENT)
+    assert list(port.units_of(ARRAY)) == []
+    assert await port.execute(UNIT, TUR) == ScsiResult(Outcome.NO_TARGET)
+
+
+async def test_after_dev_loss_a_unit_goes_on_behind_another_node(lab: Lab, port: NpivPort) -> None:
+    before = port.lun_of(UNIT)
+    lab.kernel.lose(lab.vhost, lab.array)  # type: ignore[arg-type]
+    await until(port, lambda: state(port) is RemotePortState.NOT_PRESENT)
+    lab.kernel.back(lab.vhost, lab.array)  # type: ignore[arg-type]
+    await until(port, lambda: state(port) is RemotePortState.ONLINE and port.lun_of(UNIT) is not None)
+    after = port.lun_of(UNIT)
+    assert before is not None
+    assert after is not None
+    assert before.sg != after.sg
+    assert await port.execute(UNIT, TUR) == ScsiResult(Outcome.COMPLETE)
+
+
+async def test_a_path_comes_back_with_its_route(lab: Lab, port: NpivPort) -> None:
+    async with path_to(port, UNIT) as (_, changes):
+        assert (await take_routed(changes)).route.mask == MASK
+        lab.kernel.lose(lab.vhost, lab.array)  # type: ignore[arg-type]
+        assert (await take(changes)).route.mask == bytes(32)
+        lab.kernel.back(lab.vhost, lab.array)  # type: ignore[arg-type]
+        await take_routed(changes)
+
+
+async def test_a_command_in_flight_at_the_loss_may_be_sent_anew(lab: Lab, port: NpivPort) -> None:
+    lab.array.units[0].hold = True
+    results: list[ScsiResult] = []
+
+    async def send() -> None:
+        results.append(await port.execute(UNIT, TUR))
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(send)
+        while not any(node.held for node in lab.kernel.nodes.values()):
+            await trio.sleep(0.01)
+        lab.kernel.lose(lab.vhost, lab.array)  # type: ignore[arg-type]
+    assert results == [ScsiResult(Outcome.RETRY)]
+
+
+# ---------------------------------------------------------------- task management
+
+
+async def held(lab: Lab, port: NpivPort, nursery: trio.Nursery) -> None:
+    """A command of ours that the kernel has."""
+    lab.array.units[0].hold = True
+    nursery.start_soon(lambda: port.execute(UNIT, TUR, tag=5))
+    while not any(node.held for node in lab.kernel.nodes.values()):
+        await trio.sleep(0.01)
+
+
+async def test_an_abort_that_cannot_be_is_rejected(lab: Lab, port: NpivPort, nursery: trio.Nursery) -> None:
+    await held(lab, port, nursery)
+    answer = await port.manage(UNIT, TaskManagement.ABORT_TASK, tag=5)
+    assert answer is TaskManagementResponse.FUNCTION_REJECTED
+    assert await port.manage(UNIT, TaskManagement.QUERY_TASK, tag=5) is TaskManagementResponse.FUNCTION_SUCCEEDED
+    lab.kernel.release(lab.array)
+
+
+async def test_a_reset_ends_what_is_in_flight_first(lab: Lab, port: NpivPort) -> None:
+    results: list[ScsiResult] = []
+    lab.array.units[0].hold = True
+
+    async def send() -> None:
+        results.append(await port.execute(UNIT, TUR))
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(send)
+        while not any(node.held for node in lab.kernel.nodes.values()):
+            await trio.sleep(0.01)
+        answer = await port.manage(UNIT, TaskManagement.LOGICAL_UNIT_RESET)
+        assert answer is TaskManagementResponse.FUNCTION_COMPLETE
+        assert results == [ScsiResult(Outcome.ABORTED)]
+    assert [level for _, level in lab.kernel.resets] == [0x101], "never with escalation"
+
+
+async def test_a_reset_of_a_blocked_unit_fails_at_once(lab: Lab, port: NpivPort) -> None:
+    """The kernel would wait until dev_loss."""
+    lab.kernel.lose(lab.vhost, lab.array)  # type: ignore[arg-type]
+    await until(port, lambda: state(port) is RemotePortState.BLOCKED)
+    answer = await port.manage(UNIT, TaskManagement.LOGICAL_UNIT_RESET)
+    assert answer is TaskManagementResponse.DELIVERY_FAILURE
+    assert lab.kernel.resets == []
+
+
+@pytest.mark.parametrize(("style", "levels"), [("fcoe", [0x104, 0x101, 0x101]), ("lpfc", [0x104])])
+async def test_a_target_without_a_reset_is_reset_unit_by_unit(
+    tmp_path: Path, nursery: trio.Nursery, style: str, levels: list[int]
+) -> None:
+    lab = Lab(tmp_path, nursery, style)
+    async with lab.fabric().login(ME) as port:
+        answer = await port.manage(UNIT, TaskManagement.I_T_NEXUS_RESET)
+        assert answer is TaskManagementResponse.FUNCTION_COMPLETE
+    assert [level for _, level in lab.kernel.resets] == levels
+
+
+@pytest.mark.parametrize("function", [TaskManagement.CLEAR_TASK_SET, TaskManagement.CLEAR_ACA])
+async def test_what_linux_cannot_do_is_rejected(port: NpivPort, function: TaskManagement) -> None:
+    assert await port.manage(UNIT, function) is TaskManagementResponse.FUNCTION_REJECTED
+
+
+# ---------------------------------------------------------------- limits
+
+
+async def test_block_limits_tell_what_the_port_can_carry(lab: Lab, port: NpivPort) -> None:
+    page = bytes([0x12, 1, 0xB0, 0, 64, 0])
+    await port.execute(UNIT, bytes([0x25]) + bytes(9), data_in=8)
+    limits = (await port.execute(UNIT, page, data_in=64)).data_in
+    assert int.from_bytes(limits[8:12], "big") == lab.kernel.limit // 512
+    lab.array.units[0].max_blocks = 100
+    limits = (await port.execute(UNIT, page, data_in=64)).data_in
+    assert (int.from_bytes(limits[8:12], "big"), int.from_bytes(limits[12:16], "big")) == (100, 100)
+
+
+def test_a_block_limits_page_is_clamped() -> None:
+    page = bytes(8) + (5000).to_bytes(4, "big") + (4000).to_bytes(4, "big") + bytes(48)
+    assert clamped(page, 2560)[8:16] == (2560).to_bytes(4, "big") * 2
+    assert clamped(page, 4500)[8:16] == (4500).to_bytes(4, "big") + (4000).to_bytes(4, "big")
+    assert clamped(bytes(64), 77)[8:16] == (77).to_bytes(4, "big") + bytes(4)
+
+
+async def test_more_than_that_is_a_check_condition(lab: Lab, port: NpivPort) -> None:
+    await ready(port, UNIT)
+    result = await port.execute(UNIT, bytes([0x2A]) + bytes(9), data_out=bytes(lab.kernel.limit + 512))
+    assert sense(result) == (5, 0x24, 0)
+
+
+@pytest.mark.parametrize(("depth", "workers", "ours"), [(1, 0, 1), (2, 1, 1), (32, 28, 4), (254, 250, 4), (8, 7, 1)])
+def test_a_queue_is_shared_with_the_workers(depth: int, workers: int, ours: int) -> None:
+    assert shares(depth) == (workers, ours)
+
+
+def test_a_transfer_is_bounded_by_all_that_carries_it() -> None:
+    assert transfer_limit(1310720, 128) == 1310720
+    assert transfer_limit(32 << 20, 64) == 2 << 20
+    assert transfer_limit(1 << 30, 1024) == 4 << 20
+
+
+async def test_a_unit_with_a_queue_of_one_is_driven_from_here(lab: Lab) -> None:
+    lab.array.units[0].queue_depth = 1
+    async with lab.fabric().login(ME) as port, path_to(port, UNIT) as (_, changes):
+        assert (await take(changes)).route.medium is None
+        async with trio.open_nursery() as nursery:
+            for _ in range(4):
+                nursery.start_soon(lambda: port.execute(UNIT, TUR))
+
+
+# ---------------------------------------------------------------- devices of other kinds, and places without one
+
+
+def test_what_takes_long_has_time() -> None:
+    disk, tape, changer = timeouts(0), timeouts(TAPE), timeouts(CHANGER)
+    assert disk[0x28] == 60
+    assert disk[0x04] > 3600
+    assert tape[0x19] > 3600
+    assert tape[0x11] > 3600
+    assert changer[0xA5] >= 600
+    assert changer[0x07] >= 1800
+    assert disk[0xA5] == 60
+    assert min(timeouts(0, 90)) == 90
+
+
+@pytest.mark.parametrize("kind", [TAPE, CHANGER, 0x0D])
+async def test_any_type_is_passed_through(lab: Lab, kind: int) -> None:
+    lab.array.units[0].type = kind
+    lab.array.units[0].script = lambda cdb: Done(data=b"position") if cdb[0] == 0x34 else None
+    async with lab.fabric().login(ME) as port:
+        inquiry = await port.execute(UNIT, bytes([0x12, 0, 0, 0, 36, 0]), data_in=36)
+        assert inquiry.data_in[0] == kind
+        result = await port.execute(UNIT, bytes([0x34]) + bytes(9), data_in=20)
+        assert (result.data_in, result.residual) == (b"position", 12)
+
+
+async def test_where_no_unit_is_the_target_still_answers(lab: Lab, port: NpivPort) -> None:
+    nowhere = Unit(ARRAY, lun(9))
+    inquiry = await port.execute(nowhere, bytes([0x12, 0, 0, 0, 36, 0]), data_in=36)
+    assert inquiry.data_in[0] == 0x7F, "peripheral qualifier 3: nothing can be here"
+    assert sense(await port.execute(nowhere, bytes([0x12, 1, 0, 0, 36, 0]), data_in=36)) == (5, 0x24, 0)
+    report = bytes([0xA0, 0, 0, 0, 0, 0, 0, 0, 64, 0, 0, 0])
+    for unit in (nowhere, Unit(ARRAY, bytes.fromhex("c101000000000000"))):
+        luns = (await port.execute(unit, report, data_in=64)).data_in
+        assert luns[:4] == (16).to_bytes(4, "big")
+
+
+@pytest.mark.parametrize(
+    ("padded", "length"),
+    [
+        ("00" * 32, 6),
+        ("28" + "00" * 31, 10),
+        ("88" + "00" * 31, 16),
+        ("a3" + "00" * 31, 12),
+        ("7f" + "00" * 6 + "18" + "00" * 24, 32),
+    ],
+)
+def test_a_cdb_is_as_long_as_its_opcode_says(padded: str, length: int) -> None:
+    assert len(cdb_of(bytes.fromhex(padded))) == length
+
+
+@pytest.mark.parametrize(
+    ("host_status", "outcome", "status"),
+    [
+        (0x01, Outcome.PATH_LOST, 0),
+        (0x02, Outcome.COMPLETE, 8),
+        (0x03, Outcome.TIMED_OUT, 0),
+        (0x04, Outcome.NO_TARGET, 0),
+        (0x05, Outcome.ABORTED, 0),
+        (0x07, Outcome.RETRY, 0),
+        (0x08, Outcome.ABORTED, 0),
+        (0x0D, Outcome.COMPLETE, 8),
+        (0x0E, Outcome.PATH_LOST, 0),
+        (0x0F, Outcome.PATH_LOST, 0),
+        (0x11, Outcome.COMPLETE, 0x18),
+        (0x14, Outcome.PATH_LOST, 0),
+        (0x55, Outcome.RETRY, 0),
+    ],
+)
+def test_what_the_kernel_says_becomes_an_outcome(host_status: int, outcome: Outcome, status: int) -> None:
+    result = result_of(SgOutcome(0, host_status, 0, b"", b"", 0), 512)
+    assert (result.outcome, result.status) == (outcome, status)
+
+
+# ---------------------------------------------------------------- changes
+
+
+async def test_a_unit_that_the_array_adds_is_found_without_a_word(lab: Lab, port: NpivPort) -> None:
+    lab.array.units[7] = FakeUnit(bytearray(4096), b"new")
+    await until(port, lambda: Unit(ARRAY, lun(7)) in set(port.units_of(ARRAY)))
+
+
+async def test_a_unit_that_it_takes_away_is_taken_out(lab: Lab, port: NpivPort) -> None:
+    del lab.array.units[1]
+    await until(port, lambda: len(list(port.units_of(ARRAY))) == 1)
+    assert ("class/scsi_device/1:0:0:1/device/delete", "1") in lab.kernel.writes
+
+
+async def test_a_unit_that_a_list_forgets_but_that_answers_stays(lab: Lab, port: NpivPort) -> None:
+    whole = lab.array.run
+
+    def forgetful(initiator: Wwn, number: int, cdb: bytes, data: bytes) -> Done:
+        if cdb[0] == 0xA0:
+            return Done(data=(8).to_bytes(4, "big") + bytes(4) + lun(0))
+        return whole(initiator, number, cdb, data)
+
+    lab.array.run = forgetful  # type: ignore[method-assign]
+    await trio.sleep(1)
+    assert len(list(port.units_of(ARRAY))) == 2
+
+
+async def test_an_rscn_makes_us_ask(tmp_path: Path, nursery: trio.Nursery) -> None:
+    lab = Lab(tmp_path, nursery, "lpfc")
+    async with lab.fabric(survey=3600.0).login(ME) as port:
+        assert isinstance(port, NpivPort)
+        lab.array.units[7] = FakeUnit(bytearray(4096), b"new")
+        lab.kernel.rscn()
+        await until(port, lambda: Unit(ARRAY, lun(7)) in set(port.units_of(ARRAY)))
+
+
+async def test_attentions_of_a_unit_become_events(lab: Lab, port: NpivPort) -> None:
+    events = port.events()
+    await anext(events)
+    lab.kernel.attention(lab.array, "MODE_PARAMETERS_CHANGED", 1)
+    with trio.fail_after(5):
+        async for event in events:
+            if event.kind is PortEventKind.PARAMETERS:
+                assert (event.unit, event.asc, event.ascq) == (Unit(ARRAY, lun(1)), 0x2A, 0x01)
+                return
+
+
+# ---------------------------------------------------------------- lives
+
+
+async def test_at_the_end_the_vport_is_deleted_unless_kept(lab: Lab) -> None:
+    async with lab.fabric(keep=True).login(ME):
+        pass
+    kept = lab.kernel.sysfs.vport_of(ME.wwpn)
+    assert kept is not None
+    async with lab.fabric().login(ME) as port:
+        assert isinstance(port, NpivPort)
+        assert port.vport.name == kept.name
+    assert lab.kernel.sysfs.vport_of(ME.wwpn) is None
+
+
+async def test_a_cancelled_adapter_logs_out(lab: Lab) -> None:
+    with trio.CancelScope() as scope:
+        async with lab.fabric().login(ME):
+            scope.cancel()
+            await trio.sleep_forever()
+    assert lab.kernel.sysfs.vport_of(ME.wwpn) is None
+
+
+async def test_a_vport_that_somebody_deletes_is_made_anew(lab: Lab, port: NpivPort) -> None:
+    lab.kernel.remove_vport(lab.vhost)  # type: ignore[arg-type]
+    await until(port, lambda: state(port) is not RemotePortState.ONLINE)
+    await until(port, lambda: state(port) is RemotePortState.ONLINE and bool(list(port.units_of(ARRAY))))
+    assert await port.execute(UNIT, TUR) == ScsiResult(Outcome.COMPLETE)
+
+
+async def test_a_host_that_would_use_the_units_is_refused(lab: Lab) -> None:
+    await lab.kernel.write(lab.kernel.root / "bus/scsi/drivers_autoprobe", b"1")
+    with pytest.raises(LoginRefused, match="vhostfc setup"):
+        async with lab.fabric().login(ME):
+            pass
+    async with lab.fabric(guard=False).login(ME):
+        pass
+
+
+async def test_another_disk_in_the_place_is_another_disk(lab: Lab, port: NpivPort) -> None:
+    """Commands that were meant for the one do not reach the other."""
+    old = next(unit for unit in port.units_of(ARRAY) if unit == UNIT)
+    async with path_to(port, old) as (_, changes):
+        await take_routed(changes)
+        lab.array.units[0] = FakeUnit(bytearray(4096), b"another")
+        lab.kernel.attention(lab.array, "INQUIRY_DATA_HAS_CHANGED", 0)
+        while not (await take(changes)).route.gone:
+            pass
+    assert await port.execute(old, TUR) == ScsiResult(Outcome.NO_TARGET)
+    new = next(unit for unit in port.units_of(ARRAY) if unit == UNIT)
+    assert b"another" in new.disk
+    assert await port.execute(new, TUR) == ScsiResult(Outcome.COMPLETE)
+
+
+async def test_a_node_that_cannot_be_opened_yet_is_tried_again(lab: Lab, port: NpivPort) -> None:
+    lab.kernel.locked = True
+    async with path_to(port, UNIT) as (_, changes):
+        assert (await take(changes)).route.medium is None
+        lab.kernel.locked = False
+        await take_routed(changes)

@@ -1,0 +1,213 @@
+"""Paths of a vport's units: what the workers' routes lead to while the unit can be reached.
+
+A route is open while the unit's remote port is Online and its node is there; else it is closed, commands come here
+(npiv_commands.py) and wait.  A unit that comes back behind another node gets a new route under the same path.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Collection
+
+import structlog
+import trio
+
+from vhostfc.ports import sg
+from vhostfc.ports.base import InFlight, Route, Unit
+from vhostfc.ports.kernel import Kernel
+from vhostfc.ports.routed import RoutedPath
+from vhostfc.ports.sysfs import Lun
+
+#: What is looked at here on its way: INQUIRY and READ CAPACITY for the transfer limits, REPORT LUNS for what is new.
+SEEN = (0x12, 0x25, 0x9E, 0xA0)
+MASK = bytes(0xFF & ~sum(1 << opcode % 8 for opcode in SEEN if opcode // 8 == byte) for byte in range(32))
+#: Open files of a unit for one worker: 16 commands each.
+MOST_FILES = 4
+#: Seconds beyond a command's own time that the kernel has for its error recovery before we answer without it.
+GRACE = 30.0
+#: Bytes that one command moves at most, whatever the unit's queue would take: buffers come from kernel memory.
+MOST_BYTES = 4 << 20
+
+
+def shares(depth: int) -> tuple[int, int]:
+    """Commands at a time for the workers, and for us, of a queue so deep; none for the workers when it is 1."""
+    ours = max(1, min(4, depth // 8))
+    return (0, 1) if depth <= 1 else (depth - ours, ours)
+
+
+def transfer_limit(queue_limit: int, segments: int) -> int:
+    """Bytes of one command: what the unit's queue takes (BLKSECTGET), what the generic driver's buffers of 32 KiB make
+    in so many segments, and our own bound."""
+    return max(4096, min(queue_limit, segments * 32768, MOST_BYTES))
+
+
+class NpivPath(RoutedPath):
+    """A Path of the seam.  lun: what its open route leads to, None while that is closed.  said: it cannot be opened."""
+
+    lun: Lun | None = None
+    said: bool = False
+    medium: sg.SgMedium | None = None
+
+
+class Paths:
+    """All paths of one port.  reachable: the unit's place now, None when it cannot be reached."""
+
+    def __init__(
+        self,
+        kernel: Kernel,
+        *,
+        workers: int,
+        command_timeout: float,
+        reachable: Callable[[Unit], Lun | None],
+        gone: Callable[[Unit], bool],
+        log: structlog.typing.FilteringBoundLogger,
+    ) -> None:
+        self._kernel = kernel
+        self._workers = workers
+        self._timeout = command_timeout
+        self._reachable = reachable
+        self._gone = gone
+        self._log = log
+        self._paths: list[NpivPath] = []
+        self._media: dict[str, list[sg.SgMedium]] = {}
+        self._host = sg.Credits(1)
+        self._segments = 128
+        self._one_at_a_time = trio.Lock()
+        self._held: set[bytes] = set()
+
+    def set_host(self, can_queue: int, segments: int) -> None:
+        """What the vport's SCSI host takes; a quarter, 32 at most, is kept for commands from here."""
+        self._host.set(max(1, can_queue - min(32, can_queue // 4)))
+        self._segments = segments
+
+    def in_flight(self, unit: Unit) -> int:
+        """The workers' commands for a unit that the kernel has."""
+        return sum(path.medium.in_flight for path in self._paths if path.unit == unit and path.medium is not None)
+
+    async def open(self, unit: Unit) -> NpivPath | None:
+        if self._reachable(unit) is None:
+            return None
+        path = NpivPath(self, unit)
+        self._paths.append(path)
+        try:
+            await self.look_again()
+        except BaseException:
+            await path.aclose()
+            raise
+        if path.ended or (path.lun is None and not path.said):
+            await path.aclose()
+            return None
+        return path
+
+    def forget(self, path: RoutedPath) -> None:
+        """Its user has given it up."""
+        if path in self._paths:
+            path.settle()
+            self._paths.remove(path)
+            assert isinstance(path, NpivPath)
+            path.lun = path.medium = None
+
+    async def look_again(self) -> None:
+        """What can be reached has changed: open, close, end."""
+        async with self._one_at_a_time:
+            for path in list(self._paths):
+                if path.ended:
+                    continue
+                if self._gone(path.unit):
+                    path.lun = path.medium = None
+                    path.end()
+                    continue
+                lun = None if path.unit.wwpn.pack() in self._held else self._reachable(path.unit)
+                before = path.lun
+                if before is not None and (lun is None or (lun.hctl, lun.sg) != (before.hctl, before.sg)):
+                    path.lun = path.medium = None
+                    path.close_route(_nothing)
+                    before = None
+                if lun is not None and before is None:
+                    await self._open_route(path, lun)
+                elif lun is not None and before is not None and lun.queue_depth != before.queue_depth:
+                    await self._new_depth(path, lun)
+
+    @property
+    def wanting(self) -> bool:
+        """There are paths that could not be opened: try again."""
+        return any(path.said and not path.ended for path in self._paths)
+
+    async def _open_route(self, path: NpivPath, lun: Lun) -> None:
+        try:
+            route = await self._route(path, lun)
+        except OSError as error:
+            if not path.said:
+                self._log.error("cannot open a unit", unit=str(path.unit), reason=f"{error.filename}: {error.strerror}")
+                path.said = True
+                path.push(Route(), InFlight.FINISH, _nothing)  # its commands come here meanwhile
+            return
+        if path.ended or path not in self._paths:
+            if route.medium is not None:
+                route.medium.close()
+            return
+        path.said = False
+        path.lun = lun
+        path.push(route, InFlight.FINISH, _nothing)
+
+    async def _new_depth(self, path: NpivPath, lun: Lun) -> None:
+        """Drivers take a unit's queue depth back when it says TASK SET FULL, and raise it again later."""
+        workers, _ = shares(lun.queue_depth)
+        if path.medium is None or not workers:
+            path.lun = path.medium = None
+            path.close_route(_nothing)
+            await self._open_route(path, lun)
+            return
+        path.lun = lun
+        path.medium.limit(workers)
+
+    async def _route(self, path: NpivPath, lun: Lun) -> Route:
+        depth, _ = shares(lun.queue_depth)
+        if not depth:
+            return Route()
+        share = min(MOST_FILES, math.ceil(depth / sg.QUEUE / self._workers))
+        fds, limit = await self._kernel.open_units(lun, share * self._workers)
+        try:
+            path.medium = sg.SgMedium(
+                fds,
+                share=share,
+                credits=depth,
+                max_transfer=transfer_limit(limit, self._segments),
+                grace=GRACE,
+                host=self._host,
+                timeouts=sg.timeouts(lun.type, self._timeout),
+            )
+        finally:
+            for fd in fds:
+                os.close(fd)
+        return Route(mask=MASK, medium=path.medium)
+
+    async def hold(self, units: Collection[Unit]) -> None:
+        """Close these units' routes until release(); returns when that is in force."""
+        waiting = []
+        async with self._one_at_a_time:
+            self._held |= {unit.wwpn.pack() for unit in units}
+            for path in self._paths:
+                if path.unit in units and path.lun is not None:
+                    closed = trio.Event()
+                    path.lun = path.medium = None
+                    path.close_route(closed.set)
+                    waiting.append(closed)
+        for closed in waiting:
+            await closed.wait()
+
+    async def release(self, units: Collection[Unit]) -> None:
+        self._held -= {unit.wwpn.pack() for unit in units}
+        await self.look_again()
+
+    def end_all(self) -> None:
+        """The port is logged out: every path ends."""
+        for path in self._paths:
+            if not path.ended:
+                path.lun = path.medium = None
+                path.end()
+
+
+def _nothing() -> None:
+    """A closed route is nobody's business but its user's: the kernel keeps its own books."""
