@@ -218,7 +218,8 @@ static int take_control(struct worker *worker, struct ring *ring)
 static bool watch(struct worker *worker, const struct ring *ring)
 {
 	if (!worker->poll_ns || ring->role != VFC_RING_REQUEST || worker->running || worker->parked ||
-	    worker->unsettled || worker->stopping || worker->draining || worker->credit < 0 || worker_any_active(worker))
+	    worker->unsettled || worker->stopping || worker->draining || worker->credit < 0 ||
+	    mailbox_presses(&worker->box) || worker_any_active(worker))
 		return false;
 	worker->credit -= WATCH / 4;
 	for (unsigned i = 0; i < WATCH; i++) {
