@@ -505,6 +505,9 @@ def known_keys(monkeypatch: pytest.MonkeyPatch, directory: Path) -> dict[str, se
 
     monkeypatch.setattr(Table, "finish", spy)
     load_adapter(write(directory, ADAPTER, "adapter.toml"))
+    on_an_hba = ADAPTER.replace('emulated = "/run/vhostfc/fabric.sock"', 'parents = "san-a"')
+    write(directory, 'san-a = ["host5"]\n', "parents.toml")
+    load_adapter(write(directory, on_an_hba, "adapter.toml"))
     zone = "[[target.unit]]\nlun = 0\nsize = 512\n[[zone]]\nname = 'z'\nmembers = []\n"
     load_fabric(write(directory, FABRIC + zone + "[[fcoe]]\nsocket = 'f'\n" + FAULTS, "fabric.toml"))
     return asked

@@ -18,11 +18,22 @@ build = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(build)
 
 SOURCES = {
-    "address": ("malformed", "requests", "rings", "packed", "polling", "fencing", "paths", "memory", "together"),
+    "address": (
+        "malformed",
+        "requests",
+        "rings",
+        "packed",
+        "polling",
+        "fencing",
+        "paths",
+        "generic",
+        "memory",
+        "together",
+    ),
     "thread": ("rings", "packed", "polling", "fencing", "paths", "memory", "together"),
 }
 #: Tests that are about commands, and so run over rings of each layout (see HARNESS_LAYOUT in harness.h).
-COMMANDS = ("requests", "fencing", "paths", "memory")
+COMMANDS = ("requests", "fencing", "paths", "generic", "memory")
 #: Those of them that look into a split ring themselves.
 OF_SPLIT_RINGS = {
     "abort_and_query_match",
