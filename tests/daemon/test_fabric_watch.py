@@ -110,7 +110,7 @@ async def test_a_capture_of_a_login_and_io_is_what_wireshark_expects(tmp_path: P
     assert len([info for info in told if "Write(10)" in info]) == 1, "each frame once"
     comments = [packet["frame.comment"] for packet in packets if packet["frame.comment"]]
     assert f"{one.port.port_id:06x} is {wwpn(1)} of vm1" in comments
-    assert comments[-1] == "lost: fault lose-1"
+    assert "lost: fault lose-1" in comments
 
 
 async def test_frames_come_over_the_control_socket_as_well(tmp_path: Path) -> None:

@@ -178,11 +178,11 @@ def test_the_cable_is_pulled_and_plugged_in(san: San, guest: FcoeGuest, host: st
     guest.qmp("set_link", name="cable1", up=False)
     guest.wait(f"[ $(cat /sys/class/fc_host/{host}/port_state) = Linkdown ]")
     # The other end cannot see the cable: it misses the keep-alives.
-    san.wait_for(lambda: not san.fabric_status()["logins"], timeout=30)
+    san.wait_for(lambda: not san.fabric_status()["logins"], timeout=60)
     guest.qmp("set_link", name="cable1", up=True)
     guest.wait(f"[ $(cat /sys/class/fc_host/{host}/port_state) = Online ]")
     guest.wait(f"[ $(grep -l Active /sys/class/fc_vports/*/vport_state | wc -l) = {len(VPORTS)} ]")
-    assert {login["wwpn"]: login["port_id"] for login in san.fabric_status()["logins"]} == before
+    san.wait_for(lambda: {one["wwpn"]: one["port_id"] for one in san.fabric_status()["logins"]} == before)
 
 
 def test_a_virtual_port_that_is_deleted_logs_out(

@@ -11,7 +11,7 @@ from tests.lab.guest import Guest
 from tests.lab.san import San
 
 
-def attachment(san: San, *, period: float = 2.0) -> str:
+def attachment(san: San, *, period: float = 4.0) -> str:
     """For San.extra."""
     return f'[[fcoe]]\nsocket = "{san.fcoe_socket}"\nfka_adv_period = {period}\n'
 

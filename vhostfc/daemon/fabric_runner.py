@@ -101,9 +101,14 @@ class _Withdrawn(Exception):
 
 @dataclass(eq=False, slots=True)
 class _Running:
-    """A command under way.  after: those that it has to wait for (task attributes, SAM-5 8.7)."""
+    """A command under way.
+
+    began: the unit that it was for when it came; served: that which it is for now.  after: those that it has to
+    wait for (task attributes, SAM-5 8.7).
+    """
 
     exchange: Exchange
+    began: Served | None
     served: Served | None
     after: tuple[_Running, ...]
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
@@ -132,8 +137,7 @@ class _Operation:
 class Runner:
     """See the head of the file.
 
-    served: the Served of a unit.  everybody: all of them.  transmit: sends what the switch puts out, waiting
-    for room on the way.
+    served: the Served of a unit.  transmit: sends what the switch puts out, waiting for room on the way.
     """
 
     def __init__(
@@ -144,7 +148,6 @@ class Runner:
         rations: Rations[Exchange],
         urgent: deque[Urgent],
         served: Callable[[LogicalUnit], Served | None],
-        everybody: Callable[[], Iterable[Served]],
         transmit: Callable[[Iterable[Output]], Awaitable[None]],
         nursery: trio.Nursery,
         log: structlog.typing.FilteringBoundLogger,
@@ -154,35 +157,35 @@ class Runner:
         self._rations = rations
         self._urgent = urgent
         self._served = served
-        self._everybody = everybody
         self._transmit = transmit
         self._nursery = nursery
         self._log = log
         self._running: dict[Exchange, _Running] = {}
+        self._on: dict[Served, dict[_Running, None]] = {}  # the same, by the unit that they have begun at
         self._operations: set[_Operation] = set()
         self._of_port: Counter[Wwn] = Counter()
 
     def kick(self) -> None:
         """Something has arrived: begin what can be begun."""
-        look_again = False
+        look_again: dict[LogicalUnit, None] = {}
         while self._urgent:
             match self._urgent.popleft():
                 case Opened(session):
-                    look_again = True
                     target = self._array.port(session.nexus.port)
                     for unit in self._array.seen(target, session.wwpn).values() if target else ():
                         unit.attach(session.nexus)
+                        look_again[unit] = None
                 case Lost(session):
-                    look_again = True
                     target = self._array.port(session.nexus.port)
                     for place in self._array.places(target).values() if target else ():
                         place.unit.detach(session.nexus)
+                        look_again[place.unit] = None
                 case Abort(exchange, reply):
                     self._nursery.start_soon(self._abort, exchange, reply)
                 case Manage(exchange):
                     self._nursery.start_soon(self._manage, exchange)
-        if look_again:
-            for served in self._everybody():
+        for unit in look_again:
+            if (served := self._served(unit)) is not None:
                 served.changed()
         while (taken := self._rations.take(self._may_run)) is not None:
             self._begin(taken[1])
@@ -206,13 +209,15 @@ class Runner:
         self._of_port[exchange.session.wwpn] += 1
         _, served = self._resolve(exchange)
         attribute = exchange.cmnd.attribute
-        before = [r for r in self._running.values() if served is not None and r.served is served]
+        before = [r for r in self._on.get(served, ()) if r.served is served] if served is not None else []
         if attribute == Attribute.HEAD_OF_QUEUE:
             before = []
         elif attribute != Attribute.ORDERED:
             before = [r for r in before if r.ordered]
-        running = _Running(exchange, served, tuple(before))
+        running = _Running(exchange, served, served, tuple(before))
         self._running[exchange] = running
+        if served is not None:
+            self._on.setdefault(served, {})[running] = None
         self._nursery.start_soon(self._run, running)
 
     async def _run(self, running: _Running) -> None:
@@ -233,6 +238,10 @@ class Runner:
             await self.send(exchange.target.finish(exchange, _OUR_FAULT))
         finally:
             del self._running[exchange]
+            if running.began is not None:
+                self._on[running.began].pop(running)
+                if not self._on[running.began]:
+                    del self._on[running.began]
             self._of_port[exchange.session.wwpn] -= 1
             running.done.set()
         self.kick()

@@ -24,7 +24,7 @@ from vhostfc.config import TargetConfig, UnitConfig
 from vhostfc.daemon import fabric_locks, media
 from vhostfc.daemon.fabric_journal import Journal
 from vhostfc.daemon.fabric_kept import KeptReservations
-from vhostfc.daemon.fencing import Fence, Numbers
+from vhostfc.daemon.fencing import Fence, Numbers, Opening
 from vhostfc.daemon.media import Medium
 from vhostfc.daemon.notify import Notifier, PassedFd
 from vhostfc.errors import VhostfcError
@@ -39,6 +39,8 @@ from vhostfc.scsi.unit import LogicalUnit
 
 #: What makes two units of two configurations the same one: its medium.
 Key = tuple[str, str]
+#: What a file or a device is to the kernel: a word, and two numbers.
+What = tuple[str, int, int]
 
 
 def key(target: TargetConfig, unit: UnitConfig) -> Key:
@@ -267,12 +269,15 @@ class Maker:
         self._log = log
         self._numbers = Numbers()
 
-    def make(self, target: TargetConfig, config: UnitConfig, served: Iterable[Served]) -> Served:
-        """Raises VhostfcError, which names the path: it cannot be opened, or is one of these already."""
+    def make(self, target: TargetConfig, config: UnitConfig, taken: dict[What, str]) -> Served:
+        """Raises VhostfcError, which names the path: it cannot be opened, or is one of these already.
+
+        taken: see taken_by(); what this unit takes is put there.
+        """
         unit_key = key(target, config)
         medium, naa = self._open(unit_key, config)
         try:
-            self._check_distinct(medium, served)
+            self._check_distinct(medium, taken)
             state = self._kept.load(naa)
             note = self._kept.note(naa)
         except VhostfcError:
@@ -373,15 +378,27 @@ class Maker:
         return medium, naa
 
     @staticmethod
-    def _check_distinct(medium: Medium, served: Iterable[Served]) -> None:
+    def _check_distinct(medium: Medium, taken: dict[What, str]) -> None:
         """One file under two paths would be two disks that know nothing of each other."""
-        if medium.fd < 0:
-            return
-        state = os.fstat(medium.fd)
-        for other in served:
-            if other.medium.fd < 0:
-                continue
-            theirs = os.fstat(other.medium.fd)
-            same_file = (state.st_dev, state.st_ino) == (theirs.st_dev, theirs.st_ino)
-            if same_file or (medium.is_device and other.medium.is_device and state.st_rdev == theirs.st_rdev):
-                raise VhostfcError(f"{medium.name}: is the same as {other.medium.name}, which is a unit already")
+        for what in _what(medium):
+            other = taken.setdefault(what, medium.name)
+            if other != medium.name:
+                raise VhostfcError(f"{medium.name}: is the same as {other}, which is a unit already")
+
+    def going(self, wwpn: Wwn) -> list[Opening]:
+        """The openings of this initiator port that are over, and whose adapters may still have the medium."""
+        return list(self._numbers.going.get(wwpn, ()))
+
+
+def _what(medium: Medium) -> list[What]:
+    """What a file or a device is, whatever its path."""
+    if medium.kind not in {MediumKind.FILE, MediumKind.DIRECT}:
+        return []
+    state = os.fstat(medium.fd)
+    file = ("file", state.st_dev, state.st_ino)
+    return [file, ("device", 0, state.st_rdev)] if medium.is_device else [file]
+
+
+def taken_by(served: Iterable[Served]) -> dict[What, str]:
+    """The files and devices that are units already, for Maker.make()."""
+    return {what: one.medium.name for one in served for what in _what(one.medium)}

@@ -11,11 +11,12 @@ the new configuration forbids.
 from __future__ import annotations
 
 import dataclasses
+import resource
 import signal
 import socket
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 
 import structlog
@@ -35,7 +36,7 @@ from vhostfc.daemon.fabric_locks import Process
 from vhostfc.daemon.fabric_orders import orders_for
 from vhostfc.daemon.fabric_runner import Runner
 from vhostfc.daemon.fabric_status import Json, describe, topology
-from vhostfc.daemon.fabric_units import Key, Maker, Served, Store, key
+from vhostfc.daemon.fabric_units import Key, Maker, Served, Store, key, taken_by
 from vhostfc.daemon.fcoe import FcoeAttachment
 from vhostfc.daemon.fdsocket import LinkSocket, listen
 from vhostfc.daemon.fencing import OURS, Opening, Verdict
@@ -150,7 +151,6 @@ class Fabric:
             rations=self._rations,
             urgent=self._urgent,
             served=self._served_of,
-            everybody=lambda: list(self._served.values()),
             transmit=self.door.transmit,
             nursery=nursery,
             log=self._log,
@@ -253,12 +253,7 @@ class Fabric:
             return []
         if login.command not in {Els.FLOGI, Els.FDISC}:
             return []
-        return [
-            opening
-            for served in self._served.values()
-            for opening in served.fence.openings.values()
-            if opening.wwpn == login.wwpn and opening.end is not None and opening.adapter is not attachment
-        ]
+        return [opening for opening in self._maker.going(login.wwpn) if opening.adapter is not attachment]
 
     async def _late_login(self, f_port: int, attachment: Attachment, data: bytes, going: list[Opening]) -> None:
         for opening in going:
@@ -402,13 +397,13 @@ class Fabric:
                 raise ConfigError(f"{config.path}:{target.line}: wwpn: {target.wwpn} is logged in, by {login.holder!r}")
         check_attachments(config, {where: attachment.config for where, (attachment, _) in self._fcoe.items()})
         try:
+            taken = taken_by(self._served.values())
             for unit_key, (target, unit) in units_of(config).items():
                 served = self._served.get(unit_key)
                 if served is not None:
                     check_change(config, unit, served)
                 else:
-                    others = [*self._served.values(), *new.units.values()]
-                    new.units[unit_key] = self._maker.make(target, unit, others)
+                    new.units[unit_key] = self._maker.make(target, unit, taken)
             for one in config.fcoe:
                 if one.where not in self._fcoe:
                     new.attachments.append(FcoeAttachment(one, config.wwn, self, log=self._log))
@@ -438,6 +433,7 @@ class Fabric:
         if zoning.zones != self.switch.zoning.zones:
             outputs += self.switch.set_zoning(zoning)
         outputs += self._set_targets(self.view)
+        self._kick()  # sessions that zones have ended leave the units where those are now
         resized = self._set_units(wanted)
         outputs += self._place(resized)
         self.desk.refit()
@@ -563,19 +559,23 @@ class Fabric:
         outputs: list[Output] = []
         for config in self.view.targets:
             target = self._targets[config.wwpn]
-            ports = [login.wwpn for login in self.switch.logins()]
-            before = {wwpn: self.array.seen(target, wwpn) for wwpn in ports}
-            places = {}
+            was, places = self.array.places(target), dict[int, Place]()
             for unit in config.units:
                 served = self._served[key(config, unit)]
                 if served.ready:
                     places[unit.lun] = Place(served.unit, unit.allow)
+            changed = [lun for lun in was.keys() | places.keys() if was.get(lun) != places.get(lun)]
+            grown = [place for place in places.values() if place.unit in resized] if resized else []
+            if not changed and not grown:
+                continue
             self.array.set_places(target, places)
             concerned = []
-            for wwpn in ports:
-                now = self.array.seen(target, wwpn)
-                self._tell(target, wwpn, before[wwpn], now)
-                if now != before[wwpn] or any(unit in resized for unit in now.values()):
+            for wwpn in self.switch.zoning.peers_in(target.wwpn, self.switch.names.by_name):
+                if any(_seen(was, lun, wwpn) is not _seen(places, lun, wwpn) for lun in changed):
+                    before = {lun: place.unit for lun, place in was.items() if place.visible(wwpn)}
+                    self._tell(target, wwpn, before, self.array.seen(target, wwpn))
+                    concerned.append(wwpn)
+                elif any(place.visible(wwpn) for place in grown):
                     concerned.append(wwpn)
             outputs += self.switch.service_changed(target, concerned)
         return outputs
@@ -583,7 +583,7 @@ class Fabric:
     def _tell(self, target: TargetPort, wwpn: Wwn, before: dict[int, LogicalUnit], now: dict[int, LogicalUnit]) -> None:
         """Nexuses end and begin; those that stay are told that the inventory is another."""
         session = target.session(wwpn)
-        if session is None or now == before:
+        if session is None:
             return
         for unit in {*before.values()} - {*now.values()}:
             unit.detach(session.nexus)
@@ -619,6 +619,11 @@ class Fabric:
         return {"kept": self._kept.as_json(), "until reload": self._unkept.as_json()}
 
 
+def _seen(places: Mapping[int, Place], lun: int, wwpn: Wwn) -> LogicalUnit | None:
+    place = places.get(lun)
+    return place.unit if place is not None and place.visible(wwpn) else None
+
+
 async def _farewell(process: Process, openings: list[Opening]) -> None:
     try:
         for opening in openings:
@@ -639,6 +644,8 @@ async def run_fabric(
 
     kept: changes that were kept.  capture: where all frames go.  Raises VhostfcError when it cannot begin.
     """
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # two for each unit, and more for each that has it open
     notifier = Notifier.from_environment()
     fabric = Fabric(config, log=log, kept=kept, notifier=notifier, passed=passed_fds())
     with trio.open_signal_receiver(signal.SIGHUP) as hangups:

@@ -113,13 +113,17 @@ class Opening:
 
 
 class Numbers:
-    """What must be unique in a fabric: handles and owners, lock bytes, Routes' seqs."""
+    """What must be unique in a fabric: handles and owners, lock bytes, Routes' seqs.
+
+    going: openings that are over and not yet gone, of all units, by initiator port.
+    """
 
     def __init__(self) -> None:
         self.handle = itertools.count(1)
         self.owner = itertools.count(OWNER + 1)
         self.lock = itertools.count(1)
         self.seq = itertools.count(OURS)
+        self.going: dict[Wwn, set[Opening]] = {}
 
 
 class Fence:
@@ -174,6 +178,7 @@ class Fence:
     def _finish(self, opening: Opening, end: End) -> None:
         if opening.end is None:
             opening.end = end
+            self._numbers.going.setdefault(opening.wwpn, set()).add(opening)
             self._nursery.start_soon(self._bury, opening)
 
     def stuck(self, owner: int) -> None:
@@ -353,6 +358,10 @@ class Fence:
                 stripes=freed,
             )
         del self.openings[opening.handle]
+        going = self._numbers.going[opening.wwpn]
+        going.discard(opening)
+        if not going:
+            del self._numbers.going[opening.wwpn]
         opening.gone.set()
         for pending in opening.pending:
             pending.acked.set()

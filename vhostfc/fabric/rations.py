@@ -29,7 +29,8 @@ class Rations(Generic[T]):
     def __init__(self, commands: int = 256, size: int = 64 << 20) -> None:
         self.commands = commands
         self.size = size
-        self._shares: dict[Wwn, _Share[T]] = {}  # in the order in which they are served
+        self._shares: dict[Wwn, _Share[T]] = {}
+        self._row: dict[Wwn, None] = {}  # those that have something waiting, in the order in which they are served
 
     def admit(self, port: Wwn, size: int) -> bool:
         """A command with this much data has arrived; False when it is beyond the port's ration.
@@ -54,17 +55,24 @@ class Rations(Generic[T]):
     def put(self, port: Wwn, item: T) -> None:
         """An admitted command is ready to be run."""
         self._shares[port].waiting.append(item)
+        self._row.setdefault(port)
 
     def drop(self, port: Wwn, item: T) -> None:
         """It will not be run after all (release() is another matter)."""
-        self._shares[port].waiting.remove(item)
+        waiting = self._shares[port].waiting
+        waiting.remove(item)
+        if not waiting:
+            del self._row[port]
 
     def take(self, may_run: Callable[[Wwn], bool] = lambda port: True) -> tuple[Wwn, T] | None:
         """The next command of the port whose turn it is, of those that may run one now."""
-        for port, share in self._shares.items():
-            if share.waiting and may_run(port):
-                item = share.waiting.popleft()
-                self._shares[port] = self._shares.pop(port)  # to the end of the row
+        for port in self._row:
+            if may_run(port):
+                waiting = self._shares[port].waiting
+                item = waiting.popleft()
+                del self._row[port]
+                if waiting:
+                    self._row[port] = None  # to the end of the row
                 return port, item
         return None
 

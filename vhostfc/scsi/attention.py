@@ -41,6 +41,9 @@ class UnitAttentions:
         """The nexuses that are attached."""
         return frozenset(self._attached)
 
+    def attached(self, nexus: Nexus) -> bool:
+        return nexus in self._attached
+
     def attach(self, nexus: Nexus) -> None:
         """A nexus is there: its first word is POWER ON OCCURRED, or I_T NEXUS LOSS OCCURRED if it was here before.
 

@@ -140,7 +140,7 @@ class LogicalUnit:
         right = self.reservations.right(nexus)
         if right is Right.NONE or not self._access_state(nexus).active or self.sanitizing.closed:
             return _MASK_NOTHING
-        if nexus not in self.attentions.nexuses or self.attentions.pending(nexus):
+        if not self.attentions.attached(nexus) or self.attentions.pending(nexus):
             return _MASK_NOTHING
         if right is Right.READ:
             return _MASK_READ_ONLY
