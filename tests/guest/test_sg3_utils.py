@@ -170,7 +170,7 @@ def test_sanitize(guest: Guest) -> None:
     keep(guest, "sg_sanitize_overwrite", f"sg_sanitize --overwrite --zero --quick --early {one}")
     keep(guest, "sg_requests_progress", f"sg_requests --progress {one}")
     guest.check(f"until sg_turs {one}; do sleep 0.1; done")
-    keep(guest, "sg_sanitize_fail", f"sg_sanitize --fail --quick {one}")
+    keep(guest, "sg_sanitize_fail", f"sg_sanitize --fail --quick --wait {one}")
 
 
 def test_target_port_groups(guest: Guest) -> None:

@@ -47,7 +47,7 @@ def unpacked(name: str, packages: Sequence[str], suite: str | None = None) -> Pa
 
 def into_root(root: Path) -> str:
     """What a guest says to have the files of unpacked() in its own root."""
-    return f"tar -C {root} -c . | tar -C / -x --keep-directory-symlink --skip-old-files && ldconfig"
+    return f"tar -C {root} -c . | tar -C / -x --keep-directory-symlink --skip-old-files"
 
 
 def mirror() -> str:
