@@ -42,6 +42,8 @@ struct vfc_sg_setup {
 
 /* A medium whose commands go as they are: a route to it runs every opcode of its mask.  -EINVAL: a number is 0. */
 int vfc_sg_medium_new(const struct vfc_sg_setup *setup, struct vfc_medium **ret_medium);
+/* Another hold on the same, for as long as somebody wants to count its commands or limit them. */
+struct vfc_medium *vfc_sg_hold(struct vfc_medium *medium);
 void vfc_sg_limit(struct vfc_medium *medium, uint32_t credits);
 /* Commands of the workers that the kernel has now, those included that were answered without it. */
 uint32_t vfc_sg_in_flight(const struct vfc_medium *medium);

@@ -129,6 +129,11 @@ void sg_unit_free(struct sg_unit *unit)
 	free(unit);
 }
 
+struct vfc_medium *vfc_sg_hold(struct vfc_medium *medium)
+{
+	return medium_hold(medium);
+}
+
 void vfc_sg_limit(struct vfc_medium *medium, uint32_t credits)
 {
 	atomic_store(&medium->sg->credits, credits);

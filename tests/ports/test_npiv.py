@@ -26,7 +26,7 @@ from vhostfc.ports.base import (
 )
 from vhostfc.ports.npiv import NpivFabric, NpivPort
 from vhostfc.ports.npiv_commands import clamped, result_of
-from vhostfc.ports.npiv_paths import MASK, shares, transfer_limit
+from vhostfc.ports.npiv_paths import MASK, NpivPath, shares, transfer_limit
 from vhostfc.ports.sg import CHANGER, TAPE, SgOutcome, cdb_of, timeouts
 from vhostfc.ports.vport import Parents
 
@@ -431,3 +431,26 @@ async def test_a_node_that_cannot_be_opened_yet_is_tried_again(lab: Lab, port: N
         assert (await take(changes)).route.medium is None
         lab.kernel.locked = False
         await take_routed(changes)
+
+
+async def test_a_unit_whose_route_is_in_force_can_be_reset(lab: Lab, port: NpivPort) -> None:
+    """Who takes a route closes its medium once the workers have it."""
+    async with path_to(port, UNIT) as (_, changes):
+        await take_routed(changes)
+        for function in (TaskManagement.ABORT_TASK, TaskManagement.LOGICAL_UNIT_RESET):
+            assert await port.manage(UNIT, function) is TaskManagementResponse.FUNCTION_COMPLETE
+
+
+async def test_a_queue_depth_that_changes_is_followed(lab: Lab, port: NpivPort) -> None:
+    async with path_to(port, UNIT) as (path, changes):
+        await take_routed(changes)
+        found = port.lun_of(UNIT)
+        assert found is not None
+        at = lab.kernel.sysfs.of_class("scsi_device") / found.hctl / "device"
+        lab.kernel._set(at / "queue_depth", "16")
+        await until(port, lambda: (now := port.lun_of(UNIT)) is not None and now.queue_depth == 16)
+        assert isinstance(path, NpivPath)
+        assert path.gauge is not None
+        assert path.gauge.limit_now == shares(16)[0]
+        lab.kernel._set(at / "queue_depth", "1")
+        assert (await take(changes)).route.medium is None

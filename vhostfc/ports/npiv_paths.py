@@ -47,7 +47,7 @@ class NpivPath(RoutedPath):
 
     lun: Lun | None = None
     said: bool = False
-    medium: sg.SgMedium | None = None
+    gauge: sg.Gauge | None = None
 
 
 class Paths:
@@ -83,7 +83,7 @@ class Paths:
 
     def in_flight(self, unit: Unit) -> int:
         """The workers' commands for a unit that the kernel has."""
-        return sum(path.medium.in_flight for path in self._paths if path.unit == unit and path.medium is not None)
+        return sum(path.gauge.in_flight for path in self._paths if path.unit == unit and path.gauge is not None)
 
     async def open(self, unit: Unit) -> NpivPath | None:
         if self._reachable(unit) is None:
@@ -106,7 +106,7 @@ class Paths:
             path.settle()
             self._paths.remove(path)
             assert isinstance(path, NpivPath)
-            path.lun = path.medium = None
+            path.lun = path.gauge = None
 
     async def look_again(self) -> None:
         """What can be reached has changed: open, close, end."""
@@ -115,13 +115,13 @@ class Paths:
                 if path.ended:
                     continue
                 if self._gone(path.unit):
-                    path.lun = path.medium = None
+                    path.lun = path.gauge = None
                     path.end()
                     continue
                 lun = None if path.unit.wwpn.pack() in self._held else self._reachable(path.unit)
                 before = path.lun
                 if before is not None and (lun is None or (lun.hctl, lun.sg) != (before.hctl, before.sg)):
-                    path.lun = path.medium = None
+                    path.lun = path.gauge = None
                     path.close_route(_nothing)
                     before = None
                 if lun is not None and before is None:
@@ -154,13 +154,13 @@ class Paths:
     async def _new_depth(self, path: NpivPath, lun: Lun) -> None:
         """Drivers take a unit's queue depth back when it says TASK SET FULL, and raise it again later."""
         workers, _ = shares(lun.queue_depth)
-        if path.medium is None or not workers:
-            path.lun = path.medium = None
+        if path.gauge is None or not workers:
+            path.lun = path.gauge = None
             path.close_route(_nothing)
             await self._open_route(path, lun)
             return
         path.lun = lun
-        path.medium.limit(workers)
+        path.gauge.limit(workers)
 
     async def _route(self, path: NpivPath, lun: Lun) -> Route:
         depth, _ = shares(lun.queue_depth)
@@ -169,7 +169,7 @@ class Paths:
         share = min(MOST_FILES, math.ceil(depth / sg.QUEUE / self._workers))
         fds, limit = await self._kernel.open_units(lun, share * self._workers)
         try:
-            path.medium = sg.SgMedium(
+            medium = sg.SgMedium(
                 fds,
                 share=share,
                 credits=depth,
@@ -181,7 +181,8 @@ class Paths:
         finally:
             for fd in fds:
                 os.close(fd)
-        return Route(mask=MASK, medium=path.medium)
+        path.gauge = medium.gauge(depth)
+        return Route(mask=MASK, medium=medium)
 
     async def hold(self, units: Collection[Unit]) -> None:
         """Close these units' routes until release(); returns when that is in force."""
@@ -191,7 +192,7 @@ class Paths:
             for path in self._paths:
                 if path.unit in units and path.lun is not None:
                     closed = trio.Event()
-                    path.lun = path.medium = None
+                    path.lun = path.gauge = None
                     path.close_route(closed.set)
                     waiting.append(closed)
         for closed in waiting:
@@ -205,7 +206,7 @@ class Paths:
         """The port is logged out: every path ends."""
         for path in self._paths:
             if not path.ended:
-                path.lun = path.medium = None
+                path.lun = path.gauge = None
                 path.end()
 
 

@@ -133,14 +133,31 @@ class SgMedium(Medium):
         self._pointer = made[0]
         self.blocks, self.block_size = 0, 0
 
+    def gauge(self, credits: int) -> Gauge:  # noqa: A002
+        """Its commands from here, for longer than this handle may last."""
+        return Gauge(FFI.gc(LIB.vfc_sg_hold(self.pointer), LIB.vfc_medium_put), credits)
+
+
+class Gauge:
+    """The commands of a unit's workers: how many the kernel has, and how many it may have (`limit_now`).
+
+    A hold of its own on the unit's open files, which ends with the object: whoever puts a route into force closes the
+    medium that came with it.
+    """
+
+    def __init__(self, pointer: Any, limit: int) -> None:
+        self._pointer = pointer
+        self.limit_now = limit
+
     def limit(self, credits: int) -> None:  # noqa: A002
         """Commands at a time from now on."""
-        LIB.vfc_sg_limit(self.pointer, credits)
+        LIB.vfc_sg_limit(self._pointer, credits)
+        self.limit_now = credits
 
     @property
     def in_flight(self) -> int:
         """Commands of the workers that the kernel has."""
-        return int(LIB.vfc_sg_in_flight(self.pointer))
+        return int(LIB.vfc_sg_in_flight(self._pointer))
 
 
 @dataclass(frozen=True, slots=True)
