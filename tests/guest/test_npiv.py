@@ -211,6 +211,7 @@ def test_a_zone_that_closes_and_opens(san: San, guest: NpivGuest, adapter: list[
     assert (answer["response"], answer["status"]) == (0, 0)
 
 
+@pytest.mark.long
 def test_a_cable_that_is_pulled_for_longer_than_dev_loss(san: San, guest: NpivGuest, adapter: list[Job]) -> None:
     before = guest.check("ls /sys/class/scsi_generic")
     guest.qmp("set_link", name="cable1", up=False)
@@ -226,6 +227,7 @@ def test_a_cable_that_is_pulled_for_longer_than_dev_loss(san: San, guest: NpivGu
     assert guest.check("ls /sys/class/scsi_generic") != before, "the units are behind other nodes now"
 
 
+@pytest.mark.long
 def test_a_cable_that_is_pulled_for_a_moment(guest: NpivGuest, adapter: list[Job]) -> None:
     """Shorter than dev_loss: the same units, and a guest that tries again has lost nothing."""
     before = guest.check("ls /sys/class/scsi_generic")
@@ -245,6 +247,7 @@ def test_a_cable_that_is_pulled_for_a_moment(guest: NpivGuest, adapter: list[Job
     assert status in {0, 1}
 
 
+@pytest.mark.long
 def test_a_guest_that_leaves_while_its_path_is_lost(guest: NpivGuest, adapter: list[Job]) -> None:
     """Its rings stop at once, with commands that the kernel still has; the next guest's are not overtaken by them."""
     job = guest.popen(
@@ -274,6 +277,7 @@ def test_a_guest_that_leaves_while_its_path_is_lost(guest: NpivGuest, adapter: l
 # ---------------------------------------------------------------- lives
 
 
+@pytest.mark.long
 def test_a_killed_adapter_finds_its_vport_again(san: San, guest: NpivGuest, adapter: list[Job]) -> None:
     vport = guest.vport(1)
     port_id = guest.status(1)["port"]["port_id"]
@@ -287,12 +291,14 @@ def test_a_killed_adapter_finds_its_vport_again(san: San, guest: NpivGuest, adap
     await_luns(guest, [0, 1])
 
 
+@pytest.mark.long
 def test_a_vport_that_somebody_deletes_is_made_anew(guest: NpivGuest, adapter: list[Job]) -> None:
     guest.check(f"echo 1 >/sys/class/fc_vports/{guest.vport(1)}/vport_delete")
     guest.wait("grep -q 'the vport is gone' /run/vm1.log", timeout=20)
     await_luns(guest, [0, 1], seconds=60)
 
 
+@pytest.mark.long
 def test_at_the_end_the_vport_is_gone(san: San, guest: NpivGuest, adapter: list[Job]) -> None:
     guest.check("kill $(pgrep -u vhostfc -f 'serve --config /etc/vhostfc/vm1.toml')")
     assert adapter[-1].wait(60)[0] == 0, guest.log(1)
@@ -301,6 +307,7 @@ def test_at_the_end_the_vport_is_gone(san: San, guest: NpivGuest, adapter: list[
     assert "error" not in guest.log(1).lower().replace("the vport is gone", ""), guest.log(1)
 
 
+@pytest.mark.long
 def test_login_without_a_guest(san: San, guest: NpivGuest) -> None:
     """As root: what the SAN team needs before the machine exists."""
     job = guest.popen(f"{guest.python} -m vhostfc login vm1 --for 8s >/run/login.log 2>&1")
@@ -313,6 +320,7 @@ def test_login_without_a_guest(san: San, guest: NpivGuest) -> None:
     assert guest.vport(1) is None
 
 
+@pytest.mark.long
 def test_a_host_that_would_use_the_units_is_no_host(guest: NpivGuest) -> None:
     guest.check(f"({guest.python} -m vhostfc setup --undo)")
     assert guest.check("cat /sys/bus/scsi/drivers_autoprobe").strip() == "1"
