@@ -104,7 +104,7 @@ class Victim:
                 self.written += 1
             elif not answer.unit_attention:
                 self.refused += 1
-                await trio.sleep(0.002)
+                await trio.sleep(0.01)
 
 
 @contextlib.asynccontextmanager

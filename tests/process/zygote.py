@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import json
 import os
 import signal
@@ -28,13 +29,18 @@ from types import TracebackType
 from typing import Any, Self
 
 from tests.lab.san import Daemon
-from vhostfc import cli
+from vhostfc import cli, log
+from vhostfc.daemon import capture, control, fabric_changes, fabricd, fabrics, fdsocket, hba, notify
 from vhostfc.daemon.workers import Workers
 from vhostfc.fabric import link
 from vhostfc.fabric.target import Exchange, TargetPort
 from vhostfc.fc.frame import Frame
+from vhostfc.ports import emulated
 from vhostfc.ports.emulated_paths import Paths
 from vhostfc.scsi.task import ScsiResult
+
+#: What a daemon imports when it runs, so that a child has nothing to load.
+LOADED = (log, capture, control, fabric_changes, fabricd, fabrics, fdsocket, hba, notify, emulated)
 
 _WRITE_10 = 0x2A
 _SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}
@@ -108,6 +114,7 @@ def _become(arguments: list[str], log: str, plan: str) -> int:
 def main() -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     children = []
+    gc.freeze()  # a child that collects does not look at, and so copy, what is loaded here
     for line in sys.stdin.buffer:
         pid = os.fork()
         if not pid:
