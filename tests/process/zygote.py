@@ -101,7 +101,6 @@ def _patch(plan: Path) -> None:
 
 
 def _become(arguments: list[str], log: str, plan: str) -> int:
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     null = os.open(os.devnull, os.O_RDONLY)
     for fd, number in ((null, 0), (out, 1), (out, 2)):
@@ -112,20 +111,19 @@ def _become(arguments: list[str], log: str, plan: str) -> int:
 
 
 def main() -> None:
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
-    children = []
+    children: set[int] = set()
     gc.freeze()  # a child that collects does not look at, and so copy, what is loaded here
     for line in sys.stdin.buffer:
+        # Until it is waited for, a child's number is nobody else's.
+        children -= {pid for pid in children if os.waitpid(pid, os.WNOHANG)[0]}
         pid = os.fork()
         if not pid:
             os._exit(_become(**json.loads(line)))
-        children.append(pid)
+        children.add(pid)
         print(pid, flush=True)
     for pid in children:
-        try:
-            os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
 
 
 # ---------------------------------------------------------------- in the test
@@ -139,6 +137,7 @@ class Forked(Daemon):
         self.arguments = arguments
         self._from = log.stat().st_size if log.exists() else 0
         self._pid = zygote.fork(arguments, log, plan)
+        self._dead = False
 
     @property
     def pid(self) -> int:
@@ -146,15 +145,17 @@ class Forked(Daemon):
 
     @property
     def alive(self) -> bool:
-        try:
-            state = Path(f"/proc/{self._pid}/stat").read_text().rpartition(") ")[2][0]
-        except OSError:
-            return False
-        return state not in "ZX"
+        if not self._dead:  # once it is, its number may come to be another's
+            try:
+                self._dead = Path(f"/proc/{self._pid}/stat").read_text().rpartition(") ")[2][0] in "ZX"
+            except OSError:
+                self._dead = True
+        return not self._dead
 
     def signal(self, number: int) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(self._pid, number)
+        if self.alive:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._pid, number)
 
     def stop(self, timeout: float = 20) -> int:
         self.signal(signal.SIGTERM)
