@@ -15,6 +15,7 @@ from vhostfc.daemon import media
 from vhostfc.daemon.fabric_journal import Journal
 from vhostfc.fc.fcp import TmFlag
 from vhostfc.native import Latch
+from vhostfc.scsi.sanitize import Operation
 from vhostfc.scsi.task import MediumError
 
 BLOCKS = 2048
@@ -107,14 +108,36 @@ async def test_a_unit_that_is_taken_away_ends_it(tmp_path: Path) -> None:
                 await san.reload(config(tmp_path, TARGET + UNIT.replace("lun = 0", "lun = 1")))
 
 
-async def test_one_that_was_cut_short_closes_the_unit(tmp_path: Path) -> None:
+async def test_the_next_fabric_goes_on_with_one_that_was_cut_short(tmp_path: Path) -> None:
+    text = file_unit(tmp_path)
+    async with fabric(tmp_path, text) as (_, nursery):
+        (one,) = await started(nursery, tmp_path, 1)
+        assert (await one.command(write_10(7, 1), data_out=A)).status == GOOD
+        route = await one.open()
+        with Latch(one.fds[route.nexus][1]) as latch:
+            assert latch.take(SOMEBODY, 0, 512) is None
+            assert (await one.command(bytes([0x48, IMMED | 0x02, *bytes(8)]))).status == GOOD
+    assert A in (tmp_path / "disk").read_bytes()
+    async with fabric(tmp_path, text) as (_, nursery):
+        (one,) = await started(nursery, tmp_path, 1)
+        with trio.fail_after(10):
+            while (await one.command(bytes(6))).status != GOOD:
+                await trio.sleep(0.01)
+        assert (await one.command(read_10(7, 1), data_in=512)).data_in == bytes(512)
+    assert not any((tmp_path / "disk").read_bytes())
+    assert not list((tmp_path / "state").rglob("*.sanitize"))
+
+
+async def test_one_that_had_failed_keeps_the_unit_closed(tmp_path: Path) -> None:
     text = file_unit(tmp_path)
     async with fabric(tmp_path, text) as (_, nursery):
         (one,) = await started(nursery, tmp_path, 1)
         route = await one.open()
         with Latch(one.fds[route.nexus][1]) as latch:
             assert latch.take(SOMEBODY, 0, 512) is None
-            assert (await one.command(bytes([0x48, IMMED | 0x20 | 0x02, *bytes(8)]))).status == GOOD
+            assert (await one.command(bytes([0x48, IMMED | 0x02, *bytes(8)]))).status == GOOD
+        (note,) = (tmp_path / "state").rglob("*.sanitize")
+    note.write_bytes(Operation(unrestricted=True, failed=True).pack())
     async with fabric(tmp_path, text) as (_, nursery):
         (one,) = await started(nursery, tmp_path, 1)
         answer = await one.command(read_10(0, 1), data_in=512)

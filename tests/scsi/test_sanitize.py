@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.scsi.conftest import ALICE, BOB, Target, describe, target
+from vhostfc.scsi.sanitize import resume
 from vhostfc.scsi.task import Fill, Flush, KeepNote, ServiceResponse, Task, TaskManagement
 
 IN_PROGRESS, FAILED = "2/04/1B", "3/31/03"
@@ -89,7 +90,7 @@ def test_a_write_protected_unit_and_a_reserved_one_refuse() -> None:
 def test_while_it_goes_on(disk: Target) -> None:
     filled(disk)
     assert disk.good(sanitize(BLOCK_ERASE, flags=IMMED)) == b""
-    assert disk.medium.notes == {"sanitize": b"restricted\n"}
+    assert list(disk.medium.notes) == ["sanitize"]
     assert any(disk.medium.data), "GOOD came before anything was done"
     for nexus in (ALICE, BOB):
         assert disk.unit.verdict(nexus) == bytes(32), "nobody's I/O may touch the medium"
@@ -163,11 +164,65 @@ def test_nothing_is_changed_without_a_note_on_stable_storage(disk: Target) -> No
     disk.good("00 00 00 00 00 00")
 
 
-def test_a_crash_leaves_it_failed() -> None:
-    disk = filled(target())
-    disk.good(sanitize(BLOCK_ERASE, flags=IMMED | AUSE))
-    again = target()
+def after_a_crash(disk: Target, *, read_only: bool = False) -> Target:
+    """The same unit in a next life: its blocks and what was noted are there, all else is new."""
+    again = target(disk.medium.blocks, read_only=read_only)
+    again.medium = disk.medium
     again.unit.sanitizing.found(disk.medium.notes["sanitize"])
-    assert again.bad("00 00 00 00 00 00") == FAILED
-    again.good(sanitize(EXIT))
+    if steps := resume(again.unit):
+        again.waiting.append(steps)
+    return again
+
+
+@pytest.mark.parametrize("flags", [0, AUSE])
+def test_a_crash_suspends_it(flags: int) -> None:
+    disk = filled(target())
+    disk.good(*overwrite(b"\x0f\x1e", count=2, invert=True, flags=IMMED | flags))
+    disk.go_on(1)
+    again = after_a_crash(disk)
+    assert again.bad("00 00 00 00 00 00").startswith(IN_PROGRESS)
+    assert again.unit.verdict(ALICE) == bytes(32)
+    again.go_on()
+    assert disk.medium.data == b"\xf0\xe1" * 256 * 64, "the second pass"
     again.good("00 00 00 00 00 00")
+    assert not disk.medium.notes
+
+
+@pytest.mark.parametrize("flags", [0, AUSE])
+def test_a_crash_does_not_make_good_what_had_failed(disk: Target, flags: int) -> None:
+    filled(disk)
+    disk.medium.broken.add(40)
+    assert disk.bad(sanitize(CRYPTOGRAPHIC_ERASE, flags=flags)) == FAILED
+    again = after_a_crash(disk)
+    assert not again.waiting
+    assert again.bad("28 00 00000000 00 0001 00") == FAILED
+    if flags:
+        again.good(sanitize(EXIT))
+    else:
+        assert again.bad(sanitize(EXIT)) == "5/24/00:c1.4"
+
+
+def test_what_cannot_go_on_has_failed(disk: Target) -> None:
+    """The unit is read-only by now, or nobody knows any more what was to be done."""
+    disk.good(sanitize(CRYPTOGRAPHIC_ERASE, flags=IMMED))
+    again = after_a_crash(disk, read_only=True)
+    assert not again.waiting
+    assert again.bad("28 00 00000000 00 0001 00") == FAILED
+    for note in (b"", b"restricted\n", b'{"version": 2}', b'{"version": 1}', b"[]"):
+        disk.medium.notes["sanitize"] = note
+        again = after_a_crash(disk)
+        assert not again.waiting
+        assert again.bad("28 00 00000000 00 0001 00") == FAILED
+        assert again.bad(sanitize(EXIT)) == "5/24/00:c1.4"
+
+
+def test_a_restricted_failure_has_no_way_out_by_an_unrestricted_one(disk: Target) -> None:
+    """Else AUSE and EXIT FAILURE MODE would give back what a restricted one was to hide."""
+    disk.medium.broken.add(40)
+    assert disk.bad(sanitize(CRYPTOGRAPHIC_ERASE)) == FAILED
+    assert disk.bad(sanitize(CRYPTOGRAPHIC_ERASE, flags=AUSE)) == "5/24/00:c1.5"
+    assert disk.bad(sanitize(EXIT)) == "5/24/00:c1.4"
+    assert disk.bad(sanitize(CRYPTOGRAPHIC_ERASE)) == FAILED
+    disk.medium.broken.clear()
+    disk.good(sanitize(CRYPTOGRAPHIC_ERASE))
+    disk.good(sanitize(CRYPTOGRAPHIC_ERASE, flags=AUSE))

@@ -32,6 +32,7 @@ from vhostfc.fc.fcp import ResponseCode, TmFlag
 from vhostfc.fc.frame import Frame
 from vhostfc.fc.wwn import Wwn
 from vhostfc.scsi import cdb as fields
+from vhostfc.scsi import sanitize
 from vhostfc.scsi.sense import Asc, Sense, SenseKey
 from vhostfc.scsi.server import DeviceServer
 from vhostfc.scsi.task import (
@@ -357,9 +358,7 @@ class Runner:
             case KeepNote(name, data):
                 return await served.keep_note(name, data)
             case Background(steps, wait):
-                operation = _Operation(served)
-                self._operations.add(operation)
-                self._nursery.start_soon(self._background, steps, operation, nexus)
+                operation = self._start(steps, served, nexus)
                 if wait:
                     await operation.done.wait()
                 return None
@@ -386,6 +385,19 @@ class Runner:
         finally:
             holding.release(to=mark)
         return None
+
+    def resume(self, served: Served) -> None:
+        """The unit is ours now: go on with what an earlier life of ours had begun in the background."""
+        steps = sanitize.resume(served.unit)
+        if steps is not None:
+            self._log.info("going on with a SANITIZE that was cut short", unit=served.medium.name)
+            self._start(steps, served, Nexus(b"", 0))
+
+    def _start(self, steps: Generator[Effect, object, None], served: Served, nexus: Nexus) -> _Operation:
+        operation = _Operation(served)
+        self._operations.add(operation)
+        self._nursery.start_soon(self._background, steps, operation, nexus)
+        return operation
 
     async def _background(self, steps: Generator[Effect, object, None], operation: _Operation, nexus: Nexus) -> None:
         """What outlives the command that began it, but not the unit."""

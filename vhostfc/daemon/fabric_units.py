@@ -287,9 +287,8 @@ class Maker:
         unit.reservations.state = state
         if note is not None:
             unit.sanitizing.found(note)
-            self._log.warning(
-                "a SANITIZE was cut short; the unit is closed until another one succeeds", unit=medium.name
-            )
+            if unit.sanitizing.failed:
+                self._log.warning("a SANITIZE has failed; the unit is closed until another succeeds", unit=medium.name)
         fence = Fence(
             medium,
             name=medium.name,

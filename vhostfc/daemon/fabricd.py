@@ -424,7 +424,9 @@ class Fabric:
         for served in new.units.values():
             self._maker.keep(served)
             served.faults.told = partial(self._unit_hit, served)
-            if not served.claim():
+            if served.claim():
+                self._runner.resume(served)
+            else:
                 self._nursery.start_soon(self._claim_later, served)
         self._set_fcoe(config, new.attachments)
         wanted = units_of(config)
@@ -597,6 +599,7 @@ class Fabric:
         """A medium that somebody of an earlier life still has open: the unit appears when it is free."""
         with served.claiming:
             await served.wait_for_claim(self._log)
+            self._runner.resume(served)
             self.door.post(self._place())
             for one in self._served.values():
                 one.changed()

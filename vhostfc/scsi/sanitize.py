@@ -2,9 +2,10 @@
 
 It goes on whatever becomes of the command that began it: aborts, resets, a lost login.  Meanwhile the unit
 answers next to nothing, and nobody's I/O touches the medium: the verdicts are nothing before the first block
-is changed.  One that fails, or that a crash cuts short, leaves the unit closed: with AUSE until an EXIT FAILURE
-MODE, without it until another SANITIZE succeeds.  So a note is on stable storage before the first block is
-changed, and is removed when the last one is.
+is changed.  A crash suspends it, and whoever comes up afterwards goes on, from the first block; so a note of what is to
+be done is on stable storage before the first block is changed, and is removed when the last one is.  One that fails
+leaves the unit closed: with AUSE until an EXIT FAILURE MODE, without it until another SANITIZE, also without it,
+succeeds; the note says that too.
 
 CRYPTOGRAPHIC ERASE.  Nothing here is encrypted, so there is no key to forget; the blocks are dropped as BLOCK ERASE
 drops them, and nothing that an initiator can see tells the two apart.
@@ -14,8 +15,9 @@ Errors in the parameter list of OVERWRITE are reported as INVALID FIELD IN CDB: 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Protocol
 
 from vhostfc.scsi import cdb as fields
@@ -24,9 +26,8 @@ from vhostfc.scsi.inquiry import Identity
 from vhostfc.scsi.sense import Asc, CheckCondition, Progress, Sense, SenseKey, invalid_cdb
 from vhostfc.scsi.task import Background, Effect, Fill, Flush, KeepNote, MediumError, ScsiResult, Steps, Task
 
-#: The name of the note, and what is in it.
+#: The name of the note.
 NOTE = "sanitize"
-_RESTRICTED, _UNRESTRICTED = b"restricted\n", b"unrestricted\n"
 #: How much is written at a time, and how much is dropped.
 _WRITTEN_BYTES, _DROPPED_BYTES = 1 << 20, 64 << 20
 
@@ -34,13 +35,67 @@ _WRITTEN_BYTES, _DROPPED_BYTES = 1 << 20, 64 << 20
 _ALLOWED = frozenset((fields.INQUIRY, fields.LOG_SENSE, fields.REPORT_LUNS, fields.REQUEST_SENSE))
 
 
+@dataclass(frozen=True, slots=True)
+class _Pass:
+    """Once over all blocks."""
+
+    block: bytes
+    drop: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """What a SANITIZE is to do.
+
+    pattern: what the blocks are overwritten with, as hexadecimal digits; empty: they are dropped.  count: passes;
+    invert: every other one with the pattern inverted.  unrestricted: AUSE.  failed: it has ended so.
+    """
+
+    unrestricted: bool
+    pattern: str = ""
+    count: int = 1
+    invert: bool = False
+    failed: bool = False
+
+    def pack(self) -> bytes:
+        return json.dumps({"version": 1, **asdict(self)}).encode() + b"\n"
+
+    @classmethod
+    def unpack(cls, note: bytes) -> Operation:
+        """A note that nobody understands is of one that failed, restricted: what was to be wiped stays hidden."""
+        try:
+            value = json.loads(note)
+            if value.pop("version") == 1:
+                one = cls(**value)
+                list(one.passes(Identity("", ())))
+                return one
+        except (ValueError, TypeError, KeyError, AttributeError):
+            pass
+        return cls(unrestricted=False, failed=True)
+
+    def passes(self, identity: Identity) -> Iterator[_Pass]:
+        size = identity.block_size
+        if not self.pattern:
+            yield _Pass(bytes(size), drop=identity.thin)
+            return
+        pattern = bytes.fromhex(self.pattern)
+        block = (pattern * (size // len(pattern) + 1))[:size]
+        inverted = bytes(byte ^ 0xFF for byte in block)
+        for number in range(self.count):
+            yield _Pass(inverted if self.invert and number % 2 else block, drop=False)
+
+
 class Sanitizing:
-    """Where a unit is: at nothing, under way (progress is a number), or failed (unrestricted: exit is allowed)."""
+    """Where a unit is: at nothing, under way (progress is a number), or failed (unrestricted: exit is allowed).
+
+    suspended: what an earlier life has left to be done.
+    """
 
     def __init__(self) -> None:
         self.progress: int | None = None
         self.failed = False
         self.unrestricted = False
+        self.suspended: Operation | None = None
 
     @property
     def closed(self) -> bool:
@@ -65,9 +120,14 @@ class Sanitizing:
         raise CheckCondition(sense)
 
     def found(self, note: bytes) -> None:
-        """What an earlier life has left: an operation that was cut short."""
-        self.failed = True
-        self.unrestricted = note == _UNRESTRICTED
+        """What an earlier life has left: an operation that had failed, or one that resume() goes on with."""
+        operation = Operation.unpack(note)
+        self.unrestricted = operation.unrestricted
+        if operation.failed:
+            self.failed = True
+        else:
+            self.progress = 0
+            self.suspended = operation
 
 
 class Unit(Protocol):
@@ -81,42 +141,45 @@ class Unit(Protocol):
     def sanitizing(self) -> Sanitizing: ...
 
 
-@dataclass(frozen=True, slots=True)
-class _Pass:
-    """Once over all blocks."""
-
-    block: bytes
-    drop: bool
-
-
 def sanitize(unit: Unit, command: Command, task: Task) -> Steps:
     """SANITIZE, all service actions; without IMMED it is answered when all is done."""
     length = fields.number(task.cdb, 7, 8)
     here = unit.sanitizing
-    zeros = bytes(unit.identity.block_size)
     if command != fields.SANITIZE_OVERWRITE and length:
         raise invalid_cdb(7)
     if command == fields.SANITIZE_EXIT_FAILURE_MODE:
         yield from _exit(here)
         return ScsiResult()
+    operation = Operation(bool(task.cdb[1] & 0x20))
+    if here.failed and not here.unrestricted and operation.unrestricted:
+        raise invalid_cdb(1, 5)
     if command == fields.SANITIZE_OVERWRITE:
-        passes = list(_overwrites(task.data_out, length, unit.identity.block_size))
-    else:
-        passes = [_Pass(zeros, drop=unit.identity.thin)]
-    unrestricted = bool(task.cdb[1] & 0x20)
+        operation = _overwrite(operation, task.data_out, length, unit.identity.block_size)
     here.progress = 0
     try:
-        noted = yield KeepNote(NOTE, _UNRESTRICTED if unrestricted else _RESTRICTED)
+        noted = yield KeepNote(NOTE, operation.pack())
     except GeneratorExit:
         here.progress = None
         raise
     if not noted:
         here.progress = None
         raise CheckCondition(Sense(SenseKey.HARDWARE_ERROR, Asc.INTERNAL_TARGET_FAILURE))
-    yield Background(_operation(unit, passes, unrestricted=unrestricted), wait=not task.cdb[1] & 0x80)
+    yield Background(_operate(unit, operation), wait=not task.cdb[1] & 0x80)
     if here.failed:
         raise CheckCondition(Sense(SenseKey.MEDIUM_ERROR, Asc.SANITIZE_COMMAND_FAILED))
     return ScsiResult()
+
+
+def resume(unit: Unit) -> Generator[Effect, object, None] | None:
+    """Steps, for the background, that bring to its end what an earlier life had begun (SBC-4 4.11.2); None: nothing."""
+    here = unit.sanitizing
+    operation, here.suspended = here.suspended, None
+    if operation is None:
+        return None
+    if unit.identity.read_only:
+        here.progress, here.failed = None, True
+        return None
+    return _operate(unit, operation)
 
 
 def _exit(here: Sanitizing) -> Generator[Effect, object, None]:
@@ -128,22 +191,20 @@ def _exit(here: Sanitizing) -> Generator[Effect, object, None]:
     here.failed = False
 
 
-def _overwrites(data: bytes, length: int, block_size: int) -> Iterator[_Pass]:
-    """The passes that a parameter list of OVERWRITE asks for (SBC-3 table 93)."""
+def _overwrite(operation: Operation, data: bytes, length: int, block_size: int) -> Operation:
+    """The same, as a parameter list of OVERWRITE asks for (SBC-3 table 93)."""
     if not 4 < length <= block_size + 4 or len(data) < length:
         raise invalid_cdb(7)
     count, test, size = data[0] & 0x1F, data[0] & 0x60, fields.number(data, 2, 3)
     if not count or test or not 0 < size <= min(block_size, length - 4):
         raise invalid_cdb(7)
-    pattern = data[4 : 4 + size]
-    block = (pattern * (block_size // size + 1))[:block_size]
-    inverted = bytes(byte ^ 0xFF for byte in block)
-    for number in range(count):
-        yield _Pass(inverted if data[0] & 0x80 and number % 2 else block, drop=False)
+    return replace(operation, pattern=data[4 : 4 + size].hex(), count=count, invert=bool(data[0] & 0x80))
 
 
-def _operation(unit: Unit, passes: list[_Pass], *, unrestricted: bool) -> Generator[Effect, object, None]:
+def _operate(unit: Unit, operation: Operation) -> Generator[Effect, object, None]:
     here, size = unit.sanitizing, unit.identity.block_size
+    passes = list(operation.passes(unit.identity))
+    failed = False
     try:
         yield Flush()  # behind every write that was under way: the verdicts are nothing by now
         total, done = unit.blocks * len(passes), 0
@@ -155,10 +216,11 @@ def _operation(unit: Unit, passes: list[_Pass], *, unrestricted: bool) -> Genera
                 done += blocks
                 here.progress = min(0xFFFF, done * 0x10000 // total)
             yield Flush()
-        here.failed = not (yield KeepNote(NOTE, None))
     except MediumError:
-        here.failed = True
-    here.unrestricted = unrestricted
+        failed = True
+    kept = yield KeepNote(NOTE, replace(operation, failed=True).pack() if failed else None)
+    here.failed = failed or not kept
+    here.unrestricted = operation.unrestricted
     here.progress = None
 
 
