@@ -15,6 +15,7 @@ from vhostfc.fc.sequence import initiator_data
 from vhostfc.scsi.task import ScsiResult, Status
 
 LUN0 = bytes(8)
+LUN1 = b"\0\1" + bytes(6)
 
 
 def read_10(lba: int, blocks: int) -> bytes:
@@ -230,6 +231,16 @@ def test_over_the_ration_is_task_set_full_and_others_have_theirs() -> None:
     frames = one.take()
     assert {frame.ox_id for frame in frames} == set(running)
     assert one.command(bytes(6))[0].status == Status.GOOD, "what has been answered counts no more"
+
+
+def test_over_the_ration_is_busy_where_the_nexus_has_nothing_at_the_unit() -> None:
+    """SAM-5 5.3.1: TASK SET FULL is for who has a task in the set; it would wait for one of its own to end."""
+    san = San()
+    one = Initiator(san, 1).open()
+    for _ in range(4):
+        one.start(FcpCmnd(LUN0, bytes(6)))
+    assert one.result(one.start(FcpCmnd(LUN1, bytes(6))))[0].status == Status.BUSY
+    assert one.result(one.start(FcpCmnd(LUN0, bytes(6))))[0].status == Status.TASK_SET_FULL
 
 
 # ---------------------------------------------------------------- aborts and task management

@@ -1,7 +1,7 @@
 """What is waiting to be run, by initiator port: rationed on the way in, served in turns on the way out.
 
 One guest that sends INQUIRYs as fast as it can must not delay another's PERSISTENT RESERVE OUT, and
-must not make the fabric keep more for it than its ration: what goes beyond is answered TASK SET FULL.
+must not make the fabric keep more for it than its ration: what goes beyond is answered TASK SET FULL or BUSY.
 """
 
 from __future__ import annotations

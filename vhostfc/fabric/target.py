@@ -292,7 +292,7 @@ class TargetPort:
             return self.finish(exchange, _TOO_LONG)
         exchange.size = (cmnd.data_length if cmnd.write else 0) + min(exchange.data_in_length, MAX_DATA_OUT)
         if not self.rations.admit(session.wwpn, exchange.size):
-            return self.finish(exchange, ScsiResult(Status.TASK_SET_FULL))
+            return self.finish(exchange, ScsiResult(_refusal(exchange)))
         exchange.admitted = True
         if cmnd.write and cmnd.data_length:
             exchange.state = State.DATA
@@ -402,6 +402,13 @@ class TargetPort:
         """All that are open."""
         for session in list(self.sessions.values()):
             yield from list(session.exchanges.values())
+
+
+def _refusal(exchange: Exchange) -> Status:
+    """There is no room for a command: BUSY when its nexus has no task at the unit that could end (SAM-5 5.3.1)."""
+    others = (one.cmnd for one in exchange.session.exchanges.values() if one is not exchange)
+    some = any(one.lun == exchange.cmnd.lun and not one.tm_flags for one in others)
+    return Status.TASK_SET_FULL if some else Status.BUSY
 
 
 def _reject(frame: Frame, reason: Reason, explanation: Explanation) -> Frame:
