@@ -173,6 +173,14 @@ def test_sanitize(guest: Guest) -> None:
     keep(guest, "sg_sanitize_fail", f"sg_sanitize --fail --quick --wait {one}")
 
 
+def test_format(guest: Guest) -> None:
+    one = device(guest, 1, 0, FILE_4096)
+    heard(guest, one)
+    guest.check(f"sg_dd if=/dev/urandom of={one} bs=4096 count=256 2>/dev/null")
+    keep(guest, "sg_format", f"sg_format --format --quick --wait {one}", wanted=("FORMAT UNIT",))
+    guest.check(f"sg_dd if={one} of=/run/back bs=4096 count=256 && cmp -n $((256 * 4096)) /run/back /dev/zero")
+
+
 def test_target_port_groups(guest: Guest) -> None:
     """Two ports in two groups: each state shows on its own path, and the other paths are told."""
     one, other, beside = (device(guest, *where, MEMORY_512) for where in ((1, 0), (1, 1), (2, 0)))

@@ -31,6 +31,8 @@ FENCE_TIMEOUT = 0.5
 MARGIN = 2.0  # what a busy machine may add
 #: Longer than a slow write is under way: 16 pieces with half a millisecond between them, and what the machine adds.
 LANDED = 0.04
+#: Until a write that was refused is tried again: all of its data crosses the fabric, refused or not.
+REFUSED = 0.04
 
 
 class SlowSan(San):
@@ -104,7 +106,7 @@ class Victim:
                 self.written += 1
             elif not answer.unit_attention:
                 self.refused += 1
-                await trio.sleep(0.01)
+                await trio.sleep(REFUSED)
 
 
 @contextlib.asynccontextmanager

@@ -128,7 +128,7 @@ class _Running:
 
 @dataclass(eq=False, slots=True)
 class _Operation:
-    """Something in the background: a SANITIZE."""
+    """Something in the background: a SANITIZE, a FORMAT UNIT."""
 
     served: Served
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
@@ -388,9 +388,9 @@ class Runner:
 
     def resume(self, served: Served) -> None:
         """The unit is ours now: go on with what an earlier life of ours had begun in the background."""
-        steps = sanitize.resume(served.unit)
-        if steps is not None:
-            self._log.info("going on with a SANITIZE that was cut short", unit=served.medium.name)
+        operation = served.unit.sanitizing.operation
+        if operation is not None and (steps := sanitize.resume(served.unit)) is not None:
+            self._log.info(f"going on with a {operation.name} that was cut short", unit=served.medium.name)
             self._start(steps, served, Nexus(b"", 0))
 
     def _start(self, steps: Generator[Effect, object, None], served: Served, nexus: Nexus) -> _Operation:

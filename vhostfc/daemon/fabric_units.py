@@ -287,8 +287,9 @@ class Maker:
         unit.reservations.state = state
         if note is not None:
             unit.sanitizing.found(note)
-            if unit.sanitizing.failed:
-                self._log.warning("a SANITIZE has failed; the unit is closed until another succeeds", unit=medium.name)
+            if unit.sanitizing.failed and (operation := unit.sanitizing.operation) is not None:
+                name = operation.name
+                self._log.warning(f"a {name} has failed; the unit is closed until another succeeds", unit=medium.name)
         fence = Fence(
             medium,
             name=medium.name,

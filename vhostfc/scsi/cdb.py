@@ -102,6 +102,7 @@ def _long(
 # media commands: FUA_NV and RELADR, obsolete.
 TEST_UNIT_READY = _command("TEST UNIT READY", "00 00 00 00 00 00", "00 e0")
 REQUEST_SENSE = _command("REQUEST SENSE", "03 01 00 00 ff 00", "00 e0")
+FORMAT_UNIT = _command("FORMAT UNIT", "04 ff 00 00 00 00", "00 00 ff ff 00", writes=True, seconds=(1, 3600))
 READ_6 = _command("READ(6)", "08 1f ff ff ff 00", "00 e0")
 WRITE_6 = _command("WRITE(6)", "0a 1f ff ff ff 00", "00 e0", writes=True)
 INQUIRY = _command("INQUIRY", "12 01 ff ff ff 00", "00 e0")

@@ -5,7 +5,7 @@ answers next to nothing, and nobody's I/O touches the medium: the verdicts are n
 is changed.  A crash suspends it, and whoever comes up afterwards goes on, from the first block; so a note of what is to
 be done is on stable storage before the first block is changed, and is removed when the last one is.  One that fails
 leaves the unit closed: with AUSE until an EXIT FAILURE MODE, without it until another SANITIZE, also without it,
-succeeds; the note says that too.
+succeeds; the note says that too.  What FORMAT UNIT does is done in the same way (format_unit.py).
 
 CRYPTOGRAPHIC ERASE.  Nothing here is encrypted, so there is no key to forget; the blocks are dropped as BLOCK ERASE
 drops them, and nothing that an initiator can see tells the two apart.
@@ -20,6 +20,7 @@ from collections.abc import Callable, Generator, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Protocol
 
+from vhostfc.scsi import blocks
 from vhostfc.scsi import cdb as fields
 from vhostfc.scsi.cdb import Command
 from vhostfc.scsi.inquiry import Identity
@@ -33,6 +34,8 @@ _WRITTEN_BYTES, _DROPPED_BYTES = 1 << 20, 64 << 20
 
 #: Served while it goes on, and after it has failed (SBC-3 4.11.2 and 4.11.4).
 _ALLOWED = frozenset((fields.INQUIRY, fields.LOG_SENSE, fields.REPORT_LUNS, fields.REQUEST_SENSE))
+#: What a unit whose FORMAT UNIT has failed cannot do.
+_OF_BLOCKS = frozenset((*blocks.HANDLERS, fields.EXTENDED_COPY, fields.TEST_UNIT_READY))
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +48,7 @@ class _Pass:
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """What a SANITIZE is to do.
+    """What a SANITIZE or (format) a FORMAT UNIT is to do.
 
     pattern: what the blocks are overwritten with, as hexadecimal digits; empty: they are dropped.  count: passes;
     invert: every other one with the pattern inverted.  unrestricted: AUSE.  failed: it has ended so.
@@ -56,6 +59,22 @@ class Operation:
     count: int = 1
     invert: bool = False
     failed: bool = False
+    format: bool = False
+
+    @property
+    def name(self) -> str:
+        return "FORMAT UNIT" if self.format else "SANITIZE"
+
+    @property
+    def in_progress(self) -> Asc:
+        if self.format:
+            return Asc.LOGICAL_UNIT_NOT_READY_FORMAT_IN_PROGRESS
+        return Asc.LOGICAL_UNIT_NOT_READY_SANITIZE_IN_PROGRESS
+
+    @property
+    def failure(self) -> Sense:
+        asc = Asc.FORMAT_COMMAND_FAILED if self.format else Asc.SANITIZE_COMMAND_FAILED
+        return Sense(SenseKey.MEDIUM_ERROR, asc)
 
     def pack(self) -> bytes:
         return json.dumps({"version": 1, **asdict(self)}).encode() + b"\n"
@@ -86,16 +105,16 @@ class Operation:
 
 
 class Sanitizing:
-    """Where a unit is: at nothing, under way (progress is a number), or failed (unrestricted: exit is allowed).
+    """Where a unit is: at nothing, under way (progress is a number), or failed; operation is what is or was done then.
 
-    suspended: what an earlier life has left to be done.
+    suspended: it is of an earlier life, and waits for resume().
     """
 
     def __init__(self) -> None:
         self.progress: int | None = None
+        self.operation: Operation | None = None
         self.failed = False
-        self.unrestricted = False
-        self.suspended: Operation | None = None
+        self.suspended = False
 
     @property
     def closed(self) -> bool:
@@ -103,31 +122,38 @@ class Sanitizing:
         return self.failed or self.progress is not None
 
     @property
+    def restricted(self) -> bool:
+        """A SANITIZE has failed, and only another one that succeeds leads out of that."""
+        return self.failed and self.operation is not None and not self.operation.unrestricted
+
+    @property
     def sense(self) -> Sense | None:
         """What commands, and REQUEST SENSE, are told; None: nothing is the matter."""
+        if self.operation is None or not self.closed:
+            return None
         if self.progress is not None:
-            asc = Asc.LOGICAL_UNIT_NOT_READY_SANITIZE_IN_PROGRESS
-            return Sense(SenseKey.NOT_READY, asc, field=Progress(self.progress))
-        return Sense(SenseKey.MEDIUM_ERROR, Asc.SANITIZE_COMMAND_FAILED) if self.failed else None
+            return Sense(SenseKey.NOT_READY, self.operation.in_progress, field=Progress(self.progress))
+        return self.operation.failure
 
     def check(self, command: Command) -> None:
         """Raises CheckCondition for a command that is not served now."""
         sense = self.sense
         if sense is None or command in _ALLOWED:
             return
-        if self.progress is None and command in fields.SANITIZES:
+        if self.progress is None and (command in fields.SANITIZES or self._needs_no_blocks(command)):
             return
         raise CheckCondition(sense)
 
+    def _needs_no_blocks(self, command: Command) -> bool:
+        """It is a FORMAT UNIT that has failed, and the command is served nevertheless."""
+        return self.operation is not None and self.operation.format and command not in _OF_BLOCKS
+
     def found(self, note: bytes) -> None:
         """What an earlier life has left: an operation that had failed, or one that resume() goes on with."""
-        operation = Operation.unpack(note)
-        self.unrestricted = operation.unrestricted
-        if operation.failed:
-            self.failed = True
-        else:
-            self.progress = 0
-            self.suspended = operation
+        self.operation = Operation.unpack(note)
+        self.failed = self.operation.failed
+        self.suspended = not self.failed
+        self.progress = 0 if self.suspended else None
 
 
 class Unit(Protocol):
@@ -151,44 +177,52 @@ def sanitize(unit: Unit, command: Command, task: Task) -> Steps:
         yield from _exit(here)
         return ScsiResult()
     operation = Operation(bool(task.cdb[1] & 0x20))
-    if here.failed and not here.unrestricted and operation.unrestricted:
+    if here.restricted and operation.unrestricted:
         raise invalid_cdb(1, 5)
     if command == fields.SANITIZE_OVERWRITE:
         operation = _overwrite(operation, task.data_out, length, unit.identity.block_size)
-    here.progress = 0
+    yield from operate(unit, operation, immediate=bool(task.cdb[1] & 0x80))
+    return ScsiResult()
+
+
+def operate(unit: Unit, operation: Operation, *, immediate: bool) -> Generator[Effect, object, None]:
+    """Do it, in the background; immediate: the command is answered before.  Raises CheckCondition."""
+    here = unit.sanitizing
+    before = here.operation
+    here.progress, here.operation = 0, operation
     try:
         noted = yield KeepNote(NOTE, operation.pack())
     except GeneratorExit:
-        here.progress = None
+        here.progress, here.operation = None, before
         raise
     if not noted:
-        here.progress = None
+        here.progress, here.operation = None, before
         raise CheckCondition(Sense(SenseKey.HARDWARE_ERROR, Asc.INTERNAL_TARGET_FAILURE))
-    yield Background(_operate(unit, operation), wait=not task.cdb[1] & 0x80)
-    if here.failed:
-        raise CheckCondition(Sense(SenseKey.MEDIUM_ERROR, Asc.SANITIZE_COMMAND_FAILED))
-    return ScsiResult()
+    yield Background(_steps(unit, operation), wait=not immediate)
+    if not immediate and here.failed:
+        raise CheckCondition(operation.failure)
 
 
 def resume(unit: Unit) -> Generator[Effect, object, None] | None:
     """Steps, for the background, that bring to its end what an earlier life had begun (SBC-4 4.11.2); None: nothing."""
     here = unit.sanitizing
-    operation, here.suspended = here.suspended, None
-    if operation is None:
+    if not here.suspended or here.operation is None:
         return None
+    here.suspended = False
     if unit.identity.read_only:
         here.progress, here.failed = None, True
         return None
-    return _operate(unit, operation)
+    return _steps(unit, here.operation)
 
 
 def _exit(here: Sanitizing) -> Generator[Effect, object, None]:
     """EXIT FAILURE MODE: the data that is left may be looked at, when whoever began it said so."""
-    if here.failed and not here.unrestricted:
+    if here.restricted:
         raise invalid_cdb(1, 4)
-    if here.failed and not (yield KeepNote(NOTE, None)):
-        raise CheckCondition(Sense(SenseKey.HARDWARE_ERROR, Asc.INTERNAL_TARGET_FAILURE))
-    here.failed = False
+    if here.failed and here.operation is not None and not here.operation.format:
+        if not (yield KeepNote(NOTE, None)):
+            raise CheckCondition(Sense(SenseKey.HARDWARE_ERROR, Asc.INTERNAL_TARGET_FAILURE))
+        here.failed = False
 
 
 def _overwrite(operation: Operation, data: bytes, length: int, block_size: int) -> Operation:
@@ -201,7 +235,7 @@ def _overwrite(operation: Operation, data: bytes, length: int, block_size: int) 
     return replace(operation, pattern=data[4 : 4 + size].hex(), count=count, invert=bool(data[0] & 0x80))
 
 
-def _operate(unit: Unit, operation: Operation) -> Generator[Effect, object, None]:
+def _steps(unit: Unit, operation: Operation) -> Generator[Effect, object, None]:
     here, size = unit.sanitizing, unit.identity.block_size
     passes = list(operation.passes(unit.identity))
     failed = False
@@ -211,16 +245,15 @@ def _operate(unit: Unit, operation: Operation) -> Generator[Effect, object, None
         for one in passes:
             at_once = (_DROPPED_BYTES if one.drop else _WRITTEN_BYTES) // size
             for lba in range(0, unit.blocks, at_once):
-                blocks = min(at_once, unit.blocks - lba)
-                yield Fill(lba, blocks, one.block, unmap=one.drop)
-                done += blocks
+                count = min(at_once, unit.blocks - lba)
+                yield Fill(lba, count, one.block, unmap=one.drop)
+                done += count
                 here.progress = min(0xFFFF, done * 0x10000 // total)
             yield Flush()
     except MediumError:
         failed = True
     kept = yield KeepNote(NOTE, replace(operation, failed=True).pack() if failed else None)
     here.failed = failed or not kept
-    here.unrestricted = operation.unrestricted
     here.progress = None
 
 

@@ -20,6 +20,7 @@ from vhostfc.scsi.attention import UnitAttentions
 from vhostfc.scsi.cdb import COMMANDS, Command
 from vhostfc.scsi.extended_copy import HANDLERS as COPYING
 from vhostfc.scsi.extended_copy import Copies
+from vhostfc.scsi.format_unit import HANDLERS as FORMATTING
 from vhostfc.scsi.inquiry import Identity
 from vhostfc.scsi.mode import ModePages
 from vhostfc.scsi.reservations import ReservationConflict, Right
@@ -48,12 +49,13 @@ from vhostfc.scsi.task import (
 #: These neither report a pending unit attention condition nor clear it in the common way (SAM-5 5.14).
 _NO_ATTENTION = frozenset((fields.INQUIRY.opcode, fields.REPORT_LUNS.opcode, fields.REQUEST_SENSE.opcode))
 
-#: Of reservations, target port groups, copies and SANITIZE.
+#: Of reservations, target port groups, copies, SANITIZE and FORMAT UNIT.
 _OTHERS: dict[Command, Callable[[LogicalUnit, Command, Task], Steps]] = {
     **RESERVING,
     **GROUPING,
     **COPYING,
     **SANITIZING,
+    **FORMATTING,
 }
 
 _FAST_READS = (fields.READ_6, fields.READ_10, fields.READ_12, fields.READ_16)
