@@ -177,7 +177,7 @@ def test_format(guest: Guest) -> None:
     one = device(guest, 1, 0, FILE_4096)
     heard(guest, one)
     guest.check(f"sg_dd if=/dev/urandom of={one} bs=4096 count=256 2>/dev/null")
-    keep(guest, "sg_format", f"sg_format --format --quick --wait {one}", wanted=("FORMAT UNIT",))
+    keep(guest, "sg_format", f"sg_format --format --quick --wait {one}", wanted=("Block size=4096",))
     guest.check(f"sg_dd if={one} of=/run/back bs=4096 count=256 && cmp -n $((256 * 4096)) /run/back /dev/zero")
 
 
