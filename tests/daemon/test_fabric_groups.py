@@ -94,6 +94,25 @@ async def test_a_path_goes_to_standby_while_it_is_open(tmp_path: Path) -> None:
         await one.until(lambda: any(one.routes[second].mask))
 
 
+async def test_who_has_a_unit_is_told_that_its_paths_are_others(tmp_path: Path) -> None:
+    """Pages 83h and 88h say so: INQUIRY DATA HAS CHANGED, on every path, once."""
+    both = two_targets("optimized")
+    alone = both[: both.index(TARGET.replace("array-a", "array-b").replace(':01"', ':02"'))]
+    async with fabric(tmp_path, both) as (san, nursery):
+        one = await join(nursery, tmp_path, 1)
+        for target in (ONE, TWO):
+            await command(one, target, bytes(6))
+        await san.reload(config(tmp_path, both))
+        assert (await command(one, ONE, bytes(6))).status == 0, "nothing is another"
+        await san.reload(config(tmp_path, both.replace("group = 2", "group = 3")))
+        for target in (ONE, TWO):
+            assert (await command(one, target, bytes(6))).sense[12:14] == bytes.fromhex("3f03")
+            assert (await command(one, target, bytes(6))).status == 0
+        await san.reload(config(tmp_path, alone))
+        assert (await command(one, ONE, bytes(6))).sense[12:14] == bytes.fromhex("3f03")
+        assert (await command(one, ONE, bytes(6))).status == 0
+
+
 async def test_physical_blocks_are_reported_and_stay(tmp_path: Path) -> None:
     unit = '[[target.unit]]\nlun = 0\nsize = "1MiB"\n'
     async with fabric(tmp_path, TARGET + unit + "physical_block_size = 4096\n") as (san, nursery):

@@ -552,7 +552,7 @@ class Fabric:
                 IdentityPort(self._relative[other.wwpn], other.wwpn.pack(), other.group)
                 for other in paths.get(unit_key, ())
             )
-            served.unit.identity = dataclasses.replace(served.unit.identity, ports=ports)
+            served.unit.set_ports(ports)
             served.unit.set_access(access)
         return resized
 

@@ -8,6 +8,7 @@ yield in between, so it needs no lock.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 
 from vhostfc.scsi import blocks as media
 from vhostfc.scsi import cdb as fields
@@ -21,7 +22,7 @@ from vhostfc.scsi.cdb import COMMANDS, Command
 from vhostfc.scsi.extended_copy import HANDLERS as COPYING
 from vhostfc.scsi.extended_copy import Copies
 from vhostfc.scsi.format_unit import HANDLERS as FORMATTING
-from vhostfc.scsi.inquiry import Identity
+from vhostfc.scsi.inquiry import Identity, TargetPort
 from vhostfc.scsi.mode import ModePages
 from vhostfc.scsi.reservations import ReservationConflict, Right
 from vhostfc.scsi.sanitize import HANDLERS as SANITIZING
@@ -118,6 +119,12 @@ class LogicalUnit:
         if blocks != self.blocks:
             self.blocks = blocks
             self.attention(Asc.CAPACITY_DATA_HAS_CHANGED)
+
+    def set_ports(self, ports: tuple[TargetPort, ...]) -> None:
+        """The target ports that lead to it, in pages 83h and 88h: INQUIRY DATA HAS CHANGED for all."""
+        if ports != self.identity.ports:
+            self.identity = replace(self.identity, ports=ports)
+            self.attention(Asc.INQUIRY_DATA_HAS_CHANGED)
 
     def set_access(self, states: Mapping[int, AccessState]) -> None:
         """The states that the array gives to all target port groups: ASYMMETRIC ACCESS STATE CHANGED for all."""
