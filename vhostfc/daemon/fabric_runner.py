@@ -55,6 +55,7 @@ from vhostfc.scsi.task import (
     TakeTurn,
     Task,
     TaskManagement,
+    Withdrawn,
     Write,
 )
 from vhostfc.scsi.unit import LogicalUnit
@@ -96,8 +97,8 @@ _OUR_FAULT = ScsiResult(Status.CHECK_CONDITION, Sense(SenseKey.HARDWARE_ERROR, A
 T = TypeVar("T")
 
 
-class _Withdrawn(Exception):
-    """The command may not write any more, or not without being asked again."""
+class _Elsewhere(Exception):
+    """Another unit, or none, is where the command was for: it is begun anew there."""
 
 
 @dataclass(eq=False, slots=True)
@@ -303,7 +304,7 @@ class Runner:
                 return answer
             raise AssertionError(f"{effect} without a medium")
         value: object = None
-        error: MediumError | None = None
+        error: MediumError | Withdrawn | None = None
         with Holding(served.medium, served.fence.stuck) as holding:
             try:
                 while True:
@@ -316,11 +317,15 @@ class Runner:
                         value = await self._effect(effect, served, running, holding, nexus)
                     except MediumError as failed:
                         error = failed
+                    except Withdrawn as doubt:
+                        error = doubt
+                        if running is not None:  # should it go on, then with what is true now
+                            running.mask, running.epoch = b"", served.epoch
             except StopIteration as stop:
                 served.changed()
                 result: T = stop.value
                 return result
-            except _Withdrawn:
+            except (_Elsewhere, Withdrawn):
                 return None
             finally:
                 steps.close()
@@ -413,14 +418,14 @@ class Runner:
         served.changed()
 
     def _look_again(self, served: Served, running: _Running | None) -> None:
-        """Before a write, after all waiting.  Raises _Withdrawn."""
+        """Before a write, after all waiting.  Raises Withdrawn or _Elsewhere."""
         if running is None:
             return
         server, _ = self._resolve(running.exchange)
-        if server is not served.unit or running.epoch != served.epoch:
-            raise _Withdrawn
-        if narrows(running.mask, served.unit.verdict(running.nexus)):
-            raise _Withdrawn
+        if server is not served.unit:
+            raise _Elsewhere
+        if running.epoch != served.epoch or narrows(running.mask, served.unit.verdict(running.nexus)):
+            raise Withdrawn
 
     # ------------------------------------------------------------ ending them
 

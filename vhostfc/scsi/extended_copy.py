@@ -3,12 +3,14 @@
 Block to block segments (02h) between designated units (E4h) are done, and the unit that is asked must be
 source and destination: it owns no way to another one, and says so (COPY TARGET DEVICE NOT REACHABLE).
 A segment is copied piece by piece.  Each piece is atomic to everybody else; the segment is not, which
-is what the standard asks for.
+is what the standard asks for.  A copy whose rights are in doubt on the way looks again and goes on where
+it was: what it has overwritten may be a source of what was copied before, so it cannot be begun anew.
 """
 
 from __future__ import annotations
 
 import struct
+from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -24,7 +26,7 @@ from vhostfc.scsi.inquiry import (
 )
 from vhostfc.scsi.mode import ModePages
 from vhostfc.scsi.sense import Asc, CheckCondition, Sense, SenseKey, illegal, invalid_cdb, invalid_parameter
-from vhostfc.scsi.task import Nexus, Read, ScsiResult, Steps, Task, Write
+from vhostfc.scsi.task import Effect, Nexus, Read, ScsiResult, Steps, Task, Withdrawn, Write
 
 _HEADER, _CSCD, _SEGMENT = 16, 32, 28
 _IDENTIFICATION, _BLOCK_TO_BLOCK = 0xE4, 0x02
@@ -82,12 +84,16 @@ class Unit(Protocol):
     @property
     def copies(self) -> Copies: ...
 
+    def check(self, command: Command, task: Task) -> None:
+        """Raises when this command may not be run for its nexus now."""
+        ...
+
 
 def _aborted(asc: Asc = Asc.NO_ADDITIONAL_SENSE_INFORMATION) -> CheckCondition:
     return CheckCondition(Sense(SenseKey.COPY_ABORTED, asc))
 
 
-def extended_copy(unit: Unit, _command: Command, task: Task) -> Steps:
+def extended_copy(unit: Unit, command: Command, task: Task) -> Steps:
     """EXTENDED COPY(LID1): the list is checked whole before the first segment is copied."""
     length = fields.number(task.cdb, 10, 13)
     if not length:
@@ -102,13 +108,22 @@ def extended_copy(unit: Unit, _command: Command, task: Task) -> Steps:
             for start, count in _pieces(unit, segment):
                 piece = yield Read(segment.from_lba + start, count)
                 assert isinstance(piece, bytes | bytearray | memoryview)
-                yield Write(segment.to_lba + start, bytes(piece), fua=not unit.mode.write_cache)
+                yield from _write(unit, command, task, segment.to_lba + start, bytes(piece))
                 moved += len(piece)
             done += 1
     finally:
         if keep:
             unit.copies.note(task.nexus, list_id, done, moved, failed=done < len(segments))
     return ScsiResult()
+
+
+def _write(unit: Unit, command: Command, task: Task, lba: int, piece: bytes) -> Generator[Effect, object, None]:
+    while True:
+        try:
+            yield Write(lba, piece, fua=not unit.mode.write_cache)
+            return
+        except Withdrawn:
+            unit.check(command, task)
 
 
 def _parse(data: bytes, length: int) -> tuple[list[bytes], list[_Segment]]:

@@ -205,6 +205,14 @@ class MediumError(Exception):
         self.space = space
 
 
+class Withdrawn(Exception):
+    """Thrown into the generator by the runner at a write that was not done: it may not be right any more.
+
+    A command that lets it pass is begun anew, which is right for all that may be done twice.  One that catches it looks
+    again itself, and may ask for the same write once more.
+    """
+
+
 #: What execute() returns.  The value sent in is what the effect's docstring promises, else None.
 Steps = Generator[Effect, object, ScsiResult]
 #: What manage() returns; run like Steps.

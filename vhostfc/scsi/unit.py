@@ -44,6 +44,7 @@ from vhostfc.scsi.task import (
     Steps,
     Task,
     TaskManagement,
+    Withdrawn,
     Write,
 )
 
@@ -184,16 +185,21 @@ class LogicalUnit:
     def execute(self, task: Task) -> Steps:
         """Run one command."""
         effect: Effect | None = None
+        doubt: Withdrawn | None = None
         try:
             steps = self._start(task)
             answer: object = None
             while True:
                 try:
-                    effect = steps.send(answer)
+                    effect = steps.throw(doubt) if doubt is not None else steps.send(answer)
                 except StopIteration as done:
                     result: ScsiResult = done.value
                     return result
-                answer = yield effect
+                doubt = None
+                try:
+                    answer = yield effect
+                except Withdrawn as withdrawn:
+                    doubt = withdrawn
         except ReservationConflict:
             return ScsiResult(Status.RESERVATION_CONFLICT)
         except CheckCondition as end:
@@ -220,16 +226,20 @@ class LogicalUnit:
         if task.attribute == Attribute.ACA:
             raise illegal(Asc.INVALID_MESSAGE_ERROR)  # there is no ACA condition (SAM-5 8.6)
         command = fields.parse(task.cdb, thin=self.identity.thin)
-        self.access.check(command, self.identity.group(task.nexus.port))
-        self.reservations.check(command, task.cdb, task.nexus)
-        self.sanitizing.check(command)
-        if command.writes and self.mode.write_protected:
-            raise CheckCondition(Sense(SenseKey.DATA_PROTECT, Asc.WRITE_PROTECTED))
+        self.check(command, task)
         if handler := media.HANDLERS.get(command):
             return handler(self, command, task)
         if other := _OTHERS.get(command):
             return other(self, command, task)
         return self._control(command, task)
+
+    def check(self, command: Command, task: Task) -> None:
+        """May this command be run for its nexus now?  Raises ReservationConflict or CheckCondition if not."""
+        self.access.check(command, self.identity.group(task.nexus.port))
+        self.reservations.check(command, task.cdb, task.nexus)
+        self.sanitizing.check(command)
+        if command.writes and self.mode.write_protected:
+            raise CheckCondition(Sense(SenseKey.DATA_PROTECT, Asc.WRITE_PROTECTED))
 
     def _control(self, command: Command, task: Task) -> Steps:
         """The commands that do not touch the medium; two of them write the cache back."""
