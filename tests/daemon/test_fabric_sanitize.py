@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -180,6 +181,36 @@ async def test_one_that_fails_half_way_is_undone(tmp_path: Path, monkeypatch: py
         answer = await one.command(atomic(3, 2), data_out=B + B)
         assert (answer.status, answer.sense[2], answer.sense[12:14]) == (CHECK_CONDITION, 0x7, b"\x27\x07")
         assert (await one.command(read_10(3, 2), data_in=1024)).data_in == A + A
+
+
+async def test_two_at_a_time_do_not_share_a_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is room for one: the second waits until the first is done, or a crash would tear one of them."""
+    open_records, seen = set[int](), list[int]()
+    write, clear = Journal.write, Journal.clear
+
+    def begin(self: Journal, lba: int, block_size: int, data: bytes) -> None:
+        open_records.add(lba)
+        seen.append(len(open_records))
+        time.sleep(0.05)  # in a thread
+        write(self, lba, block_size, data)
+
+    def end(self: Journal) -> None:
+        clear(self)
+        open_records.clear()
+
+    monkeypatch.setattr(Journal, "write", begin)
+    monkeypatch.setattr(Journal, "clear", end)
+    async with fabric(tmp_path, file_unit(tmp_path)) as (_, nursery):
+        one, two = await started(nursery, tmp_path, 1, 2)
+        done: list[int] = []
+
+        async def send(adapter: LinkAdapter, lba: int) -> None:
+            done.append((await adapter.command(atomic(lba, 1), data_out=A)).status)
+
+        for number in range(4):
+            nursery.start_soon(send, (one, two)[number % 2], 100 * number)
+        await one.until(lambda: len(done) == 4)
+    assert (done, seen) == ([GOOD] * 4, [1] * 4)
 
 
 async def test_one_that_a_crash_cut_short_is_undone(tmp_path: Path) -> None:

@@ -128,6 +128,7 @@ class Served:
         self.journal = journal
         self.faults = UnitFaults()
         self.turn = trio.Lock()
+        self._journaling = trio.Lock()
         self.ready = False
         self.claiming = trio.CancelScope()
         self.ordered = 0
@@ -159,9 +160,14 @@ class Served:
 
     async def write_atomically(self, lba: int, data: bytes) -> None:
         """All of it or nothing, in whatever way this ends; the range is latched.  Raises MediumError."""
-        medium = self.medium
-        if medium.kind is MediumKind.NULL:
+        if self.medium.kind is MediumKind.NULL:
             return
+        # The journal has room for one.  Who waits has its range latched, which nobody needs who is in here.
+        async with self._journaling:
+            await self._write_journaled(lba, data)
+
+    async def _write_journaled(self, lba: int, data: bytes) -> None:
+        medium = self.medium
         with trio.CancelScope(shield=True):
             before = await medium.read(lba, len(data) // medium.block_size)
             try:
