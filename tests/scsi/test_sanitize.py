@@ -156,6 +156,19 @@ def test_one_that_fails_closes_the_unit(disk: Target, flags: int) -> None:
     disk.good(sanitize(EXIT))
 
 
+def test_none_begins_while_another_is_left(disk: Target) -> None:
+    """Else the one's note could be removed with the other's."""
+    disk.medium.broken.add(40)
+    assert disk.bad(sanitize(BLOCK_ERASE, flags=AUSE)) == FAILED
+    leaving = disk.unit.execute(Task(ALICE, sanitize(EXIT)))
+    assert isinstance(next(leaving), KeepNote)
+    assert disk.bad(sanitize(BLOCK_ERASE), nexus=BOB).startswith(IN_PROGRESS)
+    leaving.close()
+    assert disk.bad("00 00 00 00 00 00") == FAILED
+    disk.good(sanitize(EXIT))
+    disk.good("00 00 00 00 00 00")
+
+
 def test_nothing_is_changed_without_a_note_on_stable_storage(disk: Target) -> None:
     filled(disk)
     disk.medium.forgetful = True

@@ -220,9 +220,13 @@ def _exit(here: Sanitizing) -> Generator[Effect, object, None]:
     if here.restricted:
         raise invalid_cdb(1, 4)
     if here.failed and here.operation is not None and not here.operation.format:
-        if not (yield KeepNote(NOTE, None)):
-            raise CheckCondition(Sense(SenseKey.HARDWARE_ERROR, Asc.INTERNAL_TARGET_FAILURE))
-        here.failed = False
+        here.progress = 0  # nobody begins another meanwhile
+        try:
+            if not (yield KeepNote(NOTE, None)):
+                raise CheckCondition(Sense(SenseKey.HARDWARE_ERROR, Asc.INTERNAL_TARGET_FAILURE))
+            here.failed = False
+        finally:
+            here.progress = None
 
 
 def _overwrite(operation: Operation, data: bytes, length: int, block_size: int) -> Operation:
