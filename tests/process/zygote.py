@@ -145,9 +145,11 @@ class Forked(Daemon):
 
     @property
     def alive(self) -> bool:
+        """A process has its files until its last thread is gone, though its first one is a zombie by then."""
         if not self._dead:  # once it is, its number may come to be another's
             try:
-                self._dead = Path(f"/proc/{self._pid}/stat").read_text().rpartition(") ")[2][0] in "ZX"
+                fields = Path(f"/proc/{self._pid}/stat").read_text().rpartition(") ")[2].split()
+                self._dead = fields[0] in "ZX" and int(fields[17]) <= 1  # state, num_threads (proc(5))
             except OSError:
                 self._dead = True
         return not self._dead
