@@ -6,9 +6,9 @@ from pathlib import Path
 
 import trio
 
-from tests.daemon.linkadapter import LinkAdapter
-from tests.daemon.test_fabric_reservations import CONFLICT, EA, GOOD, REGISTER, RESERVE, SOMEBODY, out
-from tests.daemon.test_fabricd import TARGET, fabric, join
+from tests.daemon.linkadapter import LinkAdapter, read_10, wwpn
+from tests.daemon.test_fabric_reservations import CONFLICT, EA, GOOD, REGISTER, RESERVE, SOMEBODY, WE, out
+from tests.daemon.test_fabricd import TARGET, config, fabric, join
 from tests.scsi.test_extended_copy import cdb, cscd, parameters, segment
 from vhostfc.daemon.fabricd import Fabric
 from vhostfc.native import Latch
@@ -72,3 +72,104 @@ async def test_a_copy_ends_when_its_right_does(tmp_path: Path) -> None:
         await one.until(lambda: done)
     assert done == [CONFLICT]
     assert disk.read_bytes() == before
+
+
+# ---------------------------------------------------------------- between units
+
+PAIR = "".join(f'[[target.unit]]\nlun = {n}\nfile = "{{0}}/{n}"\nsize = "1MiB"\n' for n in (0, 1))
+A = b"a" * SIZE
+
+
+def names(san: Fabric) -> list[bytes]:
+    """The units' NAA designators, by their files' names."""
+    return [served.unit.identity.naa[0] for _, served in sorted(san._served.items())]
+
+
+async def over(one: LinkAdapter, designators: list[bytes], done: list[tuple[int, str]]) -> None:
+    """Block 0 of LUN 0 to block 7 of LUN 1."""
+    data = parameters([cscd(name) for name in designators], [segment(0, 1, 1, 0, 7)])
+    answer = await one.command(cdb(data), data_out=data)
+    done.append((answer.status, bytes([answer.sense[2], *answer.sense[12:14]]).hex() if answer.sense else ""))
+
+
+async def ready(adapter: LinkAdapter) -> LinkAdapter:
+    for lun in (0, 1):
+        await adapter.command(bytes(6), lun=lun)
+    return adapter
+
+
+async def test_blocks_are_copied_between_units(tmp_path: Path) -> None:
+    (tmp_path / "0").write_bytes(A.ljust(1 << 20, b"\0"))
+    masked = f'allow = ["{wwpn(2)}"]\n'
+    async with fabric(tmp_path, TARGET + PAIR.format(tmp_path)) as (san, nursery):
+        one = await ready(await join(nursery, tmp_path, 1))
+        done: list[tuple[int, str]] = []
+        await over(one, names(san), done)
+        assert done.pop() == (GOOD, "")
+        assert (tmp_path / "1").read_bytes().replace(A, b"") == bytes((1 << 20) - SIZE)
+        assert (await one.command(read_10(7, 1), lun=1, data_in=SIZE)).data_in == A
+        await san.reload(config(tmp_path, TARGET + PAIR.format(tmp_path) + masked))
+        await one.command(bytes(6))  # reported LUNs data has changed
+        await over(one, names(san), done)
+        assert done.pop() == (2, "0a0d02"), "LUN 1 is not for this initiator any more"
+
+
+async def test_a_copy_does_not_land_behind_a_preempt_at_the_other_unit(tmp_path: Path) -> None:
+    (tmp_path / "0").write_bytes(A.ljust(1 << 20, b"\0"))
+    async with fabric(tmp_path, TARGET + PAIR.format(tmp_path)) as (san, nursery):
+        one = await ready(await join(nursery, tmp_path, 1))
+        two = await ready(await join(nursery, tmp_path, 2))
+        route = await two.open(lun=1)
+        done: list[tuple[int, str]] = []
+        reserved: list[int] = []
+
+        async def reserve() -> None:
+            for action, key, new in ((REGISTER, 0, 2), (RESERVE, 2, 0)):
+                data = key.to_bytes(8, "big") + new.to_bytes(8, "big") + bytes(8)
+                command = bytes([0x5F, action, WE, 0, 0, 0, 0, 0, 24, 0])
+                reserved.append((await two.command(command, lun=1, data_out=data)).status)
+
+        with Latch(two.fds[route.nexus][1]) as latch:
+            assert latch.take(SOMEBODY, 7 * SIZE, SIZE) is None
+            nursery.start_soon(over, one, names(san), done)
+            await trio.sleep(0.1)
+            nursery.start_soon(reserve)
+            await trio.sleep(0.1)
+            assert len(reserved) < 2, "it waits for what is under way"
+            latch.free(SOMEBODY, 7 * SIZE, SIZE)
+        await two.until(lambda: len(reserved) == 2)
+        await one.until(lambda: done)
+    assert reserved == [GOOD, GOOD]
+    # It was first, or it was not done
+    landed = (tmp_path / "1").read_bytes() != bytes(1 << 20)
+    assert done == [(GOOD, "") if landed else (2, "0a0d01")]
+
+
+async def test_a_unit_is_taken_away_while_it_is_copied_to(tmp_path: Path) -> None:
+    (tmp_path / "0").write_bytes(A.ljust(1 << 20, b"\0"))
+    both = TARGET + PAIR.format(tmp_path)
+    async with fabric(tmp_path, both) as (san, nursery):
+        one = await ready(await join(nursery, tmp_path, 1))
+        two = await ready(await join(nursery, tmp_path, 2))
+        route = await two.open(lun=1)
+        done: list[tuple[int, str]] = []
+        reloaded: list[bool] = []
+
+        async def take_away() -> None:
+            await san.reload(config(tmp_path, both[: both.rindex("[[target.unit]]")]))
+            reloaded.append(True)
+
+        with Latch(two.fds[route.nexus][1]) as latch:
+            assert latch.take(SOMEBODY, 7 * SIZE, SIZE) is None
+            nursery.start_soon(over, one, names(san), done)
+            await trio.sleep(0.1)
+            nursery.start_soon(take_away)
+            await trio.sleep(0.1)
+            assert not reloaded
+            latch.free(SOMEBODY, 7 * SIZE, SIZE)
+        await one.until(lambda: done)
+        with trio.fail_after(10):
+            while not reloaded:
+                await trio.sleep(0.01)
+    assert done == [(2, "0a0d02")]
+    assert not any((tmp_path / "1").read_bytes())

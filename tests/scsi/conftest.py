@@ -13,6 +13,7 @@ from vhostfc.scsi.reservations import State
 from vhostfc.scsi.server import AbsentUnit, DeviceServer, ReportLunsUnit
 from vhostfc.scsi.task import (
     AbortTasks,
+    At,
     Background,
     Effect,
     Extents,
@@ -121,6 +122,7 @@ class Target:
     identity: Identity
     medium: Medium
     numbers: tuple[int, ...] = (0,)
+    others: list[Target] = field(default_factory=list)
     effects: list[Effect] = field(default_factory=list)
     waiting: list[Generator[Effect, object, None]] = field(default_factory=list)
     answer: object = None
@@ -133,6 +135,10 @@ class Target:
     def luns(self, nexus: Nexus) -> Iterable[int]:
         assert nexus
         return self.numbers
+
+    def units(self, nexus: Nexus) -> Iterable[LogicalUnit]:
+        assert nexus
+        return [self.unit, *(one.unit for one in self.others)]
 
     def reported(self, nexus: Nexus) -> None:
         for server in (self.unit, self.absent, self.well_known):
@@ -174,8 +180,12 @@ class Target:
                     self.go_on()
                 continue
             self.effects.append(effect)
+            medium = self.medium
+            if isinstance(effect, At):
+                medium = next(one.medium for one in self.others if one.unit is effect.unit)
+                effect = effect.effect
             try:
-                answer = self.medium.do(effect)
+                answer = medium.do(effect)
             except MediumError as error:
                 failure = error
 

@@ -1,10 +1,12 @@
-"""EXTENDED COPY within a unit, and what RECEIVE COPY RESULTS tells of it."""
+"""EXTENDED COPY within a unit and between units, and what RECEIVE COPY RESULTS tells of it."""
 
 from __future__ import annotations
 
 import pytest
 
 from tests.scsi.conftest import BOB, NAA, Target, target
+from vhostfc.scsi.alua import AccessState
+from vhostfc.scsi.sense import Asc
 from vhostfc.scsi.task import TaskManagement
 
 SIZE = 512
@@ -105,14 +107,79 @@ def test_lists_that_are_wrong(filled: Target) -> None:
 
 
 def test_segments_that_lead_elsewhere(filled: Target) -> None:
-    other = bytes.fromhex("6001a4a000000000 0000000000000002")
     assert copy(filled, parameters([cscd()], [segment(0, 1, 1, 1, 2)])) == "A/08/04"
-    assert copy(filled, parameters([cscd(), cscd(other)], [segment(0, 1, 1, 1, 2)])) == "A/0D/02"
+    assert copy(filled, parameters([cscd(), cscd(OTHER)], [segment(0, 1, 1, 1, 2)])) == "A/0D/02"
     assert copy(filled, parameters([cscd(device=5)], [segment(0, 0, 1, 1, 2)])) == "A/0D/03"
     assert copy(filled, parameters([cscd(block=4096)], [segment(0, 0, 1, 1, 2)])) == "A/0D/03"
     for start, to in ((0, 63), (63, 0), (2**64 - 1, 0)):
         assert copy(filled, parameters([cscd()], [segment(0, 0, 2, start, to)])) == "A/00/00"
     assert filled.medium.data == b"".join(block(n) for n in range(64))
+
+
+OTHER = bytes.fromhex("6001a4a000000000 0000000000000002")
+
+
+@pytest.fixture
+def two(filled: Target) -> Target:
+    """The filled one, beside another of 32 blocks."""
+    other = target(32, naa=(OTHER,), serial="SN0002")
+    filled.others.append(other)
+    return filled
+
+
+def test_blocks_are_copied_between_units_that_the_initiator_sees(two: Target) -> None:
+    (other,) = two.others
+    data = parameters(
+        [cscd(), cscd(OTHER)], [segment(0, 1, 3, 4, 10), segment(1, 0, 2, 11, 60), segment(1, 1, 1, 12, 0)]
+    )
+    assert copy(two, data) == "good"
+    assert other.medium.data == b"".join(block({10: 4, 11: 5, 12: 6, 0: 6}.get(n, 0)) for n in range(32))
+    assert two.medium.data[60 * SIZE : 62 * SIZE] == block(5) + block(6)
+    assert status(two) == bytes.fromhex("00000008 01 0003 00 00000c00")
+    # Each unit by its own size and block size
+    assert copy(two, parameters([cscd(), cscd(OTHER)], [segment(0, 1, 1, 0, 32)])) == "A/00/00"
+    assert copy(two, parameters([cscd(), cscd(OTHER, block=4096)], [segment(0, 1, 1, 0, 0)])) == "A/0D/03"
+
+
+def test_blocks_of_another_size_are_not_copied(filled: Target) -> None:
+    filled.others.append(target(8, block_size=4096, naa=(OTHER,), serial="SN0002"))
+    data = parameters([cscd(), cscd(OTHER, block=4096)], [segment(0, 1, 1, 0, 0)])
+    assert copy(filled, data) == "A/0D/03"
+
+
+@pytest.mark.parametrize("what", ["reserved", "write protected", "standby", "sanitizing", "broken"])
+def test_a_copy_gives_no_rights_at_the_other_unit(two: Target, what: str) -> None:
+    (other,) = two.others
+    match what:
+        case "reserved":
+            other.good("16 00 00 00 00 00", nexus=BOB)
+        case "write protected":
+            other.good("15 10 00 00 10 00", bytes(4) + bytes.fromhex("0a 0a 02 10 08 40 00 00 ffff 0000"))
+        case "standby":
+            other.unit.set_access({1: AccessState.STANDBY})
+        case "sanitizing":
+            other.good("48 83 00 00 00 00 00 0000 00")
+        case _:
+            other.medium.broken.add(20)
+    assert copy(two, parameters([cscd(), cscd(OTHER)], [segment(0, 1, 1, 1, 20)])) == "A/0D/01"
+    assert not any(other.medium.data)
+    expected = "good" if what == "write protected" else "A/0D/01"
+    assert copy(two, parameters([cscd(), cscd(OTHER)], [segment(1, 0, 1, 20, 1)])) == expected
+
+
+def test_what_one_has_to_hear_at_the_other_unit_is_no_hindrance(two: Target) -> None:
+    (other,) = two.others
+    other.unit.attention(Asc.CAPACITY_DATA_HAS_CHANGED)
+    assert copy(two, parameters([cscd(), cscd(OTHER)], [segment(0, 1, 1, 1, 20)])) == "good"
+    assert other.bad("00 00 00 00 00 00") == "6/2A/09"
+
+
+def test_a_copy_from_a_unit_that_is_write_protected() -> None:
+    one = target(read_only=True)
+    one.others.append(target(naa=(OTHER,), serial="SN0002"))
+    one.medium.data[SIZE : 2 * SIZE] = block(9)
+    assert copy(one, parameters([cscd(), cscd(OTHER)], [segment(0, 1, 1, 1, 2)])) == "good"
+    assert one.others[0].medium.data[2 * SIZE : 3 * SIZE] == block(9)
 
 
 def test_copy_status(filled: Target) -> None:

@@ -33,10 +33,12 @@ from vhostfc.fc.frame import Frame
 from vhostfc.fc.wwn import Wwn
 from vhostfc.scsi import cdb as fields
 from vhostfc.scsi import sanitize
-from vhostfc.scsi.sense import Asc, Sense, SenseKey
+from vhostfc.scsi.reservations import ReservationConflict
+from vhostfc.scsi.sense import Asc, CheckCondition, Sense, SenseKey
 from vhostfc.scsi.server import DeviceServer
 from vhostfc.scsi.task import (
     AbortTasks,
+    At,
     Attribute,
     Background,
     Effect,
@@ -367,6 +369,8 @@ class Runner:
                 if wait:
                     await operation.done.wait()
                 return None
+            case At(unit, there):
+                return await self._at(unit, there, nexus, running)
             case Read(lba, blocks, fua):
                 await holding.take(lba, blocks)
                 try:
@@ -390,6 +394,29 @@ class Runner:
         finally:
             holding.release(to=mark)
         return None
+
+    async def _at(self, unit: LogicalUnit, effect: Read | Write, nexus: Nexus, running: _Running | None) -> object:
+        """The effect At.  All of it is an operation of that unit, so that nobody takes the medium from under it."""
+        write = isinstance(effect, Write)
+        size = unit.identity.block_size
+        blocks = len(effect.data) // size if isinstance(effect, Write) else effect.blocks
+        served = self._served(unit)
+        if served is None:
+            raise Withdrawn
+        with served.operation(), Holding(served.medium, served.fence.stuck) as holding:
+            await holding.take(effect.lba, blocks)
+            if unit not in self._array.units(nexus):
+                raise Withdrawn
+            try:
+                unit.admit(nexus, write=write)
+            except (CheckCondition, ReservationConflict):
+                raise Withdrawn from None
+            if served.faults and running is not None:
+                _touch(effect, served, running)
+            if isinstance(effect, Write):
+                await served.medium.write(effect.lba, effect.data, fua=effect.fua)
+                return None
+            return await served.medium.read(effect.lba, blocks, fua=effect.fua)
 
     def resume(self, served: Served) -> None:
         """The unit is ours now: go on with what an earlier life of ours had begun in the background."""

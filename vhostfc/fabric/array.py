@@ -94,9 +94,12 @@ class Array:
         behind = self._targets.get(nexus.port)
         return list(self.seen(behind.port, initiator(nexus))) if behind else ()
 
-    def reported(self, nexus: Nexus) -> None:
+    def units(self, nexus: Nexus) -> Iterable[LogicalUnit]:
         behind = self._targets.get(nexus.port)
-        for unit in self.seen(behind.port, initiator(nexus)).values() if behind else ():
+        return self.seen(behind.port, initiator(nexus)).values() if behind else ()
+
+    def reported(self, nexus: Nexus) -> None:
+        for unit in self.units(nexus):
             unit.inventory_reported(nexus)
 
 

@@ -168,7 +168,7 @@ PERSISTENT_RESERVES_OUT = (
     *(REGISTER_AND_IGNORE_EXISTING_KEY, REGISTER_AND_MOVE),
 )
 EXTENDED_COPY = _command(
-    "EXTENDED COPY(LID1)", "83 00" + "00" * 8 + "ffffffff 00 00", service_action=0x00, writes=True, seconds=(1, 300)
+    "EXTENDED COPY(LID1)", "83 00" + "00" * 8 + "ffffffff 00 00", service_action=0x00, seconds=(1, 300)
 )
 RECEIVE_COPY_STATUS = _command(
     "RECEIVE COPY STATUS(LID1)", "84 00 ff" + "00" * 7 + "ffffffff 00 00", service_action=0x00

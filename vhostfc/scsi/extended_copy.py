@@ -1,7 +1,8 @@
-"""EXTENDED COPY(LID1) and RECEIVE COPY RESULTS (SPC-4 6.4, 6.20, 6.22): the array copies blocks within one unit.
+"""EXTENDED COPY(LID1) and RECEIVE COPY RESULTS (SPC-4 6.4, 6.20, 6.22): the array copies blocks by itself.
 
-Block to block segments (02h) between designated units (E4h) are done, and the unit that is asked must be
-source and destination: it owns no way to another one, and says so (COPY TARGET DEVICE NOT REACHABLE).
+Block to block segments (02h) between designated units (E4h) are done: the unit that is asked, and those that the
+initiator sees beside it through the same target port.  Of others it says COPY TARGET DEVICE NOT REACHABLE.  Nobody
+gains rights by it: what the initiator may not read or write itself now is not read or written for it either.
 A segment is copied piece by piece.  Each piece is atomic to everybody else; the segment is not, which
 is what the standard asks for.  A copy whose rights are in doubt on the way looks again and goes on where
 it was: what it has overwritten may be a source of what was copied before, so it cannot be begun anew.
@@ -10,9 +11,9 @@ it was: what it has overwritten may be a source of what was copied before, so it
 from __future__ import annotations
 
 import struct
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from vhostfc.scsi import cdb as fields
 from vhostfc.scsi.cdb import Command
@@ -25,8 +26,12 @@ from vhostfc.scsi.inquiry import (
     designators,
 )
 from vhostfc.scsi.mode import ModePages
+from vhostfc.scsi.reservations import ReservationConflict
 from vhostfc.scsi.sense import Asc, CheckCondition, Sense, SenseKey, illegal, invalid_cdb, invalid_parameter
-from vhostfc.scsi.task import Effect, Nexus, Read, ScsiResult, Steps, Task, Withdrawn, Write
+from vhostfc.scsi.task import At, Effect, Nexus, Read, ScsiResult, Steps, Task, Withdrawn, Write
+
+if TYPE_CHECKING:
+    from vhostfc.scsi.unit import LogicalUnit
 
 _HEADER, _CSCD, _SEGMENT = 16, 32, 28
 _IDENTIFICATION, _BLOCK_TO_BLOCK = 0xE4, 0x02
@@ -84,6 +89,10 @@ class Unit(Protocol):
     @property
     def copies(self) -> Copies: ...
 
+    def neighbours(self, nexus: Nexus) -> Iterable[LogicalUnit]:
+        """The units that this nexus sees through the same target port, this one among them."""
+        ...
+
     def check(self, command: Command, task: Task) -> None:
         """Raises when this command may not be run for its nexus now."""
         ...
@@ -104,11 +113,13 @@ def extended_copy(unit: Unit, command: Command, task: Task) -> Steps:
     done = moved = 0
     try:
         for segment in segments:
-            _check(unit, cscds, segment)
-            for start, count in _pieces(unit, segment):
-                piece = yield Read(segment.from_lba + start, count)
+            source, destination = _ends(unit, cscds, segment, task.nexus)
+            for start, count in _pieces(source, segment, onto_itself=source is destination):
+                piece = yield from _do(unit, command, task, source, Read(segment.from_lba + start, count))
                 assert isinstance(piece, bytes | bytearray | memoryview)
-                yield from _write(unit, command, task, segment.to_lba + start, bytes(piece))
+                cached = destination.mode.write_cache
+                write = Write(segment.to_lba + start, bytes(piece), fua=not cached)
+                yield from _do(unit, command, task, destination, write)
                 moved += len(piece)
             done += 1
     finally:
@@ -117,11 +128,21 @@ def extended_copy(unit: Unit, command: Command, task: Task) -> Steps:
     return ScsiResult()
 
 
-def _write(unit: Unit, command: Command, task: Task, lba: int, piece: bytes) -> Generator[Effect, object, None]:
+def _do(
+    unit: Unit, command: Command, task: Task, where: LogicalUnit, effect: Read | Write
+) -> Generator[Effect, object, object]:
+    """At one of the ends; as often as it is in doubt whether that may be, and may be."""
     while True:
+        if where is not unit and where not in unit.neighbours(task.nexus):
+            raise _aborted(Asc.COPY_TARGET_DEVICE_NOT_REACHABLE)
         try:
-            yield Write(lba, piece, fua=not unit.mode.write_cache)
-            return
+            where.admit(task.nexus, write=isinstance(effect, Write))
+        except (CheckCondition, ReservationConflict):
+            if where is unit:
+                raise
+            raise _aborted(Asc.THIRD_PARTY_DEVICE_FAILURE) from None
+        try:
+            return (yield effect if where is unit else At(where, effect))
         except Withdrawn:
             unit.check(command, task)
 
@@ -155,24 +176,33 @@ def _parse(data: bytes, length: int) -> tuple[list[bytes], list[_Segment]]:
     return cscds, segments
 
 
-def _check(unit: Unit, cscds: list[bytes], segment: _Segment) -> None:
-    """Raises unless the segment leads from this unit to this unit, and stays within it."""
-    for index in (segment.source, segment.destination):
-        if index >= len(cscds):
-            raise _aborted(Asc.UNREACHABLE_COPY_TARGET)
-        one = cscds[index]
-        if one[1] & 0x1F or fields.number(one, 29, 31) not in (0, unit.identity.block_size):
-            raise _aborted(Asc.INCORRECT_COPY_TARGET_DEVICE_TYPE)
-        wanted = bytes([one[4] & 0x0F, one[5] & 0x3F, 0, min(one[7], 20)]) + one[8 : 8 + min(one[7], 20)]
-        if wanted not in _own(unit.identity):
-            raise _aborted(Asc.COPY_TARGET_DEVICE_NOT_REACHABLE)
-    for lba in (segment.from_lba, segment.to_lba):
-        if segment.blocks > unit.blocks or lba > unit.blocks - segment.blocks:
+def _ends(unit: Unit, cscds: list[bytes], segment: _Segment, nexus: Nexus) -> tuple[LogicalUnit, LogicalUnit]:
+    """Source and destination of a segment.  Raises unless both are there, alike, and have these blocks."""
+    source, destination = (_find(unit, cscds, index, nexus) for index in (segment.source, segment.destination))
+    if source.identity.block_size != destination.identity.block_size:
+        raise _aborted(Asc.INCORRECT_COPY_TARGET_DEVICE_TYPE)
+    for one, lba in ((source, segment.from_lba), (destination, segment.to_lba)):
+        if segment.blocks > one.blocks or lba > one.blocks - segment.blocks:
             raise _aborted()
+    return source, destination
 
 
-def _own(identity: Identity) -> set[bytes]:
-    """The designators by which the unit is known, cut to the 20 bytes that a CSCD descriptor has room for."""
+def _find(unit: Unit, cscds: list[bytes], index: int, nexus: Nexus) -> LogicalUnit:
+    """The unit that a CSCD descriptor designates."""
+    if index >= len(cscds):
+        raise _aborted(Asc.UNREACHABLE_COPY_TARGET)
+    one = cscds[index]
+    wanted = bytes([one[4] & 0x0F, one[5] & 0x3F, 0, min(one[7], 20)]) + one[8 : 8 + min(one[7], 20)]
+    found = next((other for other in unit.neighbours(nexus) if wanted in _names(other.identity)), None)
+    if found is None:
+        raise _aborted(Asc.COPY_TARGET_DEVICE_NOT_REACHABLE)
+    if one[1] & 0x1F or fields.number(one, 29, 31) not in (0, found.identity.block_size):
+        raise _aborted(Asc.INCORRECT_COPY_TARGET_DEVICE_TYPE)
+    return found
+
+
+def _names(identity: Identity) -> set[bytes]:
+    """The designators by which a unit is known, cut to the 20 bytes that a CSCD descriptor has room for."""
     data, found = designators(identity, 0), set()
     while data:
         size = 4 + data[3]
@@ -182,11 +212,11 @@ def _own(identity: Identity) -> set[bytes]:
     return found
 
 
-def _pieces(unit: Unit, segment: _Segment) -> list[tuple[int, int]]:
+def _pieces(source: LogicalUnit, segment: _Segment, *, onto_itself: bool) -> list[tuple[int, int]]:
     """(offset, blocks); from the end when the destination begins within the source."""
-    most = _PIECE_BYTES // unit.identity.block_size
+    most = _PIECE_BYTES // source.identity.block_size
     pieces = [(start, min(most, segment.blocks - start)) for start in range(0, segment.blocks, most)]
-    return pieces[::-1] if segment.to_lba > segment.from_lba else pieces
+    return pieces[::-1] if onto_itself and segment.to_lba > segment.from_lba else pieces
 
 
 def copy_status(unit: Unit, _command: Command, task: Task) -> Steps:

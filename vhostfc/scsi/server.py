@@ -6,7 +6,7 @@ A target holds a table of LUNs with a DeviceServer at each, and asks nothing abo
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from vhostfc.scsi import cdb as fields
 from vhostfc.scsi import inquiry, report
@@ -14,12 +14,19 @@ from vhostfc.scsi.inquiry import Identity
 from vhostfc.scsi.sense import NO_SENSE, Asc, CheckCondition, Sense, SenseKey, illegal, invalid_cdb
 from vhostfc.scsi.task import ManageSteps, Nexus, ScsiResult, ServiceResponse, Status, Steps, Task, TaskManagement
 
+if TYPE_CHECKING:
+    from vhostfc.scsi.unit import LogicalUnit
+
 
 class Inventory(Protocol):
     """What a target knows of its units; every unit answers REPORT LUNS from it."""
 
     def luns(self, nexus: Nexus) -> Iterable[int]:
         """The numbers of the logical units that this nexus may see."""
+        ...
+
+    def units(self, nexus: Nexus) -> Iterable[LogicalUnit]:
+        """The same, the units themselves."""
         ...
 
     def reported(self, nexus: Nexus) -> None:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from vhostfc.scsi.reservations import State
+    from vhostfc.scsi.unit import LogicalUnit
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,7 +194,18 @@ class Background:
     wait: bool
 
 
-Effect = Hold | Read | Write | Fill | Flush | Extents | AbortTasks | TakeTurn | Keep | KeepNote | Background
+@dataclass(frozen=True, slots=True)
+class At:
+    """Do this at another unit, for the same nexus; answered as it is, or Withdrawn where the nexus may not (any more).
+
+    unit: one of those that the Inventory has named.
+    """
+
+    unit: LogicalUnit
+    effect: Read | Write
+
+
+Effect = Hold | Read | Write | Fill | Flush | Extents | AbortTasks | TakeTurn | Keep | KeepNote | Background | At
 
 
 class MediumError(Exception):

@@ -31,6 +31,7 @@ from vhostfc.scsi.sense import NO_SENSE, Asc, CheckCondition, Sense, SenseKey, i
 from vhostfc.scsi.server import Inventory, answer_report_luns, check_condition, inquiry_page
 from vhostfc.scsi.task import (
     AbortTasks,
+    At,
     Attribute,
     Effect,
     Fill,
@@ -211,6 +212,8 @@ class LogicalUnit:
     @staticmethod
     def _medium_sense(error: MediumError, effect: Effect | None) -> Sense:
         """The medium failed while it did this."""
+        if isinstance(effect, At):
+            return Sense(SenseKey.COPY_ABORTED, Asc.THIRD_PARTY_DEVICE_FAILURE)
         if error.space:
             return Sense(SenseKey.DATA_PROTECT, Asc.SPACE_ALLOCATION_FAILED_WRITE_PROTECT, information=error.lba)
         writes = isinstance(effect, Write | Fill | Flush)
@@ -240,6 +243,14 @@ class LogicalUnit:
         self.sanitizing.check(command)
         if command.writes and self.mode.write_protected:
             raise CheckCondition(Sense(SenseKey.DATA_PROTECT, Asc.WRITE_PROTECTED))
+
+    def admit(self, nexus: Nexus, *, write: bool) -> None:
+        """May this nexus read, or write, blocks now?  Raises as check() does."""
+        self.check(fields.WRITE_16 if write else fields.READ_16, Task(nexus, b""))
+
+    def neighbours(self, nexus: Nexus) -> Iterable[LogicalUnit]:
+        """The units that this nexus sees through the same target port."""
+        return self._inventory.units(nexus)
 
     def _control(self, command: Command, task: Task) -> Steps:
         """The commands that do not touch the medium; two of them write the cache back."""
