@@ -397,3 +397,9 @@ def test_an_abort_and_its_answer_name_the_same_exchange() -> None:
     assert (abts.r_ctl, abts.f_ctl, abts.payload) == (RCtl.BLS_ABTS, 0x090000, b"")
     assert (answer.r_ctl, answer.f_ctl, answer.payload.hex()) == (RCtl.BLS_BA_ACC, 0x980000, "00000000000700090000ffff")
     assert (answer.s_id, answer.d_id, answer.ox_id, answer.rx_id) == (0x01FE01, 0x010101, 7, 9)
+
+
+@pytest.mark.parametrize("body", [b"", b"\x05abc"])
+def test_a_symbolic_name_that_is_shorter_than_it_says_is_an_error(body: bytes) -> None:
+    with pytest.raises(FrameError, match="a name of"):
+        ct.unpack_symbolic_name(body)

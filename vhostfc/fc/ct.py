@@ -428,8 +428,8 @@ def _counted(text: bytes) -> bytes:
 
 
 def _uncounted(data: bytes, code: Ct) -> bytes:
-    if len(data) < 1 + data[0]:
-        raise CtError(f"{code.name}: a name of {data[0]} bytes in {len(data)}", Reason.INVALID_SIZE)
+    if not data or len(data) < 1 + data[0]:
+        raise CtError(f"{code.name}: a name of {data[0] if data else 0} bytes in {len(data)}", Reason.INVALID_SIZE)
     return data[1 : 1 + data[0]]
 
 
