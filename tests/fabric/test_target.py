@@ -301,6 +301,22 @@ def luns(data: bytes) -> list[int]:
     return [data[at + 1] for at in range(8, len(data), 8)]
 
 
+def test_task_management_functions_are_rationed_too() -> None:
+    """Each waits for fences, so a port that asks without end must not have them all wait at once."""
+    san = San()
+    one, other = Initiator(san, 1).open(), Initiator(san, 2).open()
+    function = FcpCmnd(LUN0, bytes(16), tm_flags=TmFlag.QUERY_TASK_SET)
+    kept = [one.start(function) for _ in range(san.rations.commands)]
+    rsp, _ = one.result(one.start(function))
+    assert rsp.code == ResponseCode.FAILED
+    other.start(function)
+    assert len(san.urgent) == len(kept) + 1
+    (first,) = [e for e in san.target.exchanges() if e.frame.ox_id == kept[0] and e.session.wwpn == one.wwpn]
+    san.target.respond(first, ResponseCode.COMPLETE)
+    one.start(function)
+    assert not one.take()
+
+
 def test_report_luns_shows_what_the_mask_lets_through() -> None:
     san = San()
     report = bytes([0xA0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0])

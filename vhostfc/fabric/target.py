@@ -51,6 +51,7 @@ class Session:
     """A login of an N_Port with us.
 
     image: PRLI was done; nexus: as the device server knows the I_T nexus; since: seconds of the epoch.
+    functions: task management functions that are under way.
     """
 
     port_id: int
@@ -59,12 +60,16 @@ class Session:
     payload_size: int
     image: bool = False
     since: float = 0.0
+    functions: int = 0
     exchanges: dict[int, Exchange] = field(default_factory=dict)
 
 
 @dataclass(eq=False, slots=True)
 class Exchange:
-    """An FCP exchange: a command, or a task management function.  size: what it counts against the ration."""
+    """An FCP exchange: a command, or a task management function.
+
+    admitted, managing: it counts against the ration of commands, or of functions.  size: its bytes there.
+    """
 
     target: TargetPort
     session: Session
@@ -74,6 +79,7 @@ class Exchange:
     state: State = State.RUNNING
     size: int = 0
     admitted: bool = False
+    managing: bool = False
     data: DataBuffer | None = None
     asked: int = 0  # bytes of data that XFER_RDYs have asked for
     seq_id: int = 0
@@ -286,6 +292,10 @@ class TargetPort:
         if cmnd.tm_flags:
             if cmnd.tm_flags & cmnd.tm_flags - 1:
                 return self.respond(exchange, ResponseCode.INVALID_CMND_FIELD)
+            if session.functions >= self.rations.commands:
+                return self.respond(exchange, ResponseCode.FAILED)
+            session.functions += 1
+            exchange.managing = True
             self.urgent.append(Manage(exchange))
             return ()
         if cmnd.write and cmnd.data_length > MAX_DATA_OUT:
@@ -361,6 +371,8 @@ class TargetPort:
         exchange.state = State.ENDED
         if exchange.admitted:
             self.rations.release(exchange.session.wwpn, exchange.size)
+        if exchange.managing:
+            exchange.session.functions -= 1
         if exchange.session.exchanges.get(exchange.frame.ox_id) is exchange:
             del exchange.session.exchanges[exchange.frame.ox_id]
 
