@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.fabric.san import BLOCK, TARGET, Initiator, San, wwpn
+from tests.fabric.san import BLOCK, NODE, TARGET, Initiator, San, wwpn
 from vhostfc.fabric.target import BURST, MAX_DATA_OUT, Abort, Lost, Manage, State
 from vhostfc.fc import bls, els
 from vhostfc.fc.els import Els, Explanation, FcpService, LsRjt, Reason
@@ -87,6 +87,9 @@ def test_the_small_link_services() -> None:
     assert els.RtvAcc.unpack(one.els(target, els.Rtv().pack())).e_d_tov == 2000
     assert one.els(target, els.Rrq(one.port_id, 1, 2).pack()) == els.LS_ACC
     assert one.els(target, els.Echo(b"abc!").pack())[4:] == b"abc!"
+    node = els.RnidAcc.unpack(one.els(target, els.Rnid(els.NodeFormat.GENERAL_TOPOLOGY).pack()))
+    assert node == els.RnidAcc(TARGET, NODE, els.AssociatedType.STORAGE_SUBSYSTEM, vendor=b"vhostfc")
+    assert els.RnidAcc.unpack(one.els(target, els.Rnid(0x77).pack())) == els.RnidAcc(TARGET, NODE)
     assert rejection(one, els.Rec(one.port_id, 1, 2).pack()) == LsRjt(Reason.NOT_SUPPORTED, Explanation.NOT_SUPPORTED)
     assert rejection(one, bytes([0x77, 0, 0, 0])) == LsRjt(Reason.NOT_SUPPORTED, Explanation.NOT_SUPPORTED)
 

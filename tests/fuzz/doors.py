@@ -6,6 +6,7 @@ in, with commands under way.  After each script the tables are looked at, and a 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 
 from tests.fabric.enode import Enode
@@ -16,11 +17,11 @@ from tests.fuzz.lab import GOOD, Lab
 from tests.fuzz.target import Step, Target, script, steps, whole
 from vhostfc.fabric.fcf import MAX_ENODES, Action, Deliver, Detach, Forwarder, LogOut, Send
 from vhostfc.fabric.zoning import Zone, Zoning
-from vhostfc.fc import bls, ct, els, fcoe, fip
+from vhostfc.fc import bls, ct, els, fcoe, fdmi, fip
 from vhostfc.fc.els import Els
 from vhostfc.fc.fcoe import Ethernet, encapsulate
 from vhostfc.fc.fcp import FcpCmnd, TmFlag, cmnd_frame
-from vhostfc.fc.frame import Address, FcType, Frame, RCtl, els_request
+from vhostfc.fc.frame import Address, FCtl, FcType, Frame, RCtl, els_request
 from vhostfc.fc.login import Login
 from vhostfc.fc.sequence import data_frames
 from vhostfc.fc.wwn import Wwn
@@ -126,6 +127,19 @@ def _requests(me: int = 0x010200, target: int = 0x01FE01) -> Iterator[tuple[int,
     ]
     for number, query in enumerate(queries):
         yield AS_ME, ct.ct_request(me, Address.DIRECTORY_SERVER, 0x200 + number, query.pack())
+    attributes = {kind: bytes(64) for kind in range(1, 8)}
+    registrations: list[fdmi.Request] = [
+        fdmi.RegisterHba(name, (name, wwpn(3)), attributes),
+        fdmi.RegisterPort(name, name, attributes),
+        fdmi.RegisterAttributes(fdmi.Fdmi.RPA, name, attributes),
+        fdmi.Simple(fdmi.Fdmi.GRHL),
+        *(fdmi.Simple(command, name) for command in (fdmi.Fdmi.GHAT, fdmi.Fdmi.DPRT, fdmi.Fdmi.DHBA)),
+    ]
+    for number, registration in enumerate(registrations):
+        yield AS_ME, ct.ct_request(me, Address.MANAGEMENT_SERVER, 0x280 + number, registration.pack())
+    whole_ = ct.ct_request(me, Address.MANAGEMENT_SERVER, 0x2F0, registrations[0].pack())
+    yield AS_ME, dataclasses.replace(whole_, payload=whole_.payload[:256], f_ctl=FCtl.FIRST_SEQUENCE)
+    yield AS_ME, dataclasses.replace(whole_, payload=whole_.payload[256:], seq_cnt=1)
     requests: list[els.Request] = [
         Login.plogi(name, name),
         els.Prli((page,)),
@@ -133,6 +147,7 @@ def _requests(me: int = 0x010200, target: int = 0x01FE01) -> Iterator[tuple[int,
         els.Adisc(name, name, me),
         els.Rrq(me, 1, 2),
         els.Rec(me, 0x400, 0xFFFF),
+        els.Rnid(els.NodeFormat.GENERAL_TOPOLOGY),
         els.Logo(me, name),
     ]
     for number, request_ in enumerate(requests):
@@ -167,8 +182,10 @@ def _commands(me: int = 0x010200, target: int = 0x01FE01) -> Iterator[Frame]:
 
 
 def _switch_seeds() -> Iterator[bytes]:
-    for what, frame in _requests():
+    told = list(_requests())
+    for what, frame in told:
         yield script((what, frame.pack()))
+    yield script(*((what, frame.pack()) for what, frame in told if frame.d_id == Address.MANAGEMENT_SERVER))
     commands = [(TO_TARGET, frame.pack()) for frame in _commands()]
     for command in commands:
         yield script(command, (RUN, b""))

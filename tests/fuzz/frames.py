@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 from tests.fc import golden, pcap
 from tests.fuzz.target import Cases, Packable, attempt, same
-from vhostfc.fc import bls, ct, els, fcoe, fcp, fip
+from vhostfc.fc import bls, ct, els, fcoe, fcp, fdmi, fip
 from vhostfc.fc.els import Els
 from vhostfc.fc.frame import FcType, Frame, FrameError, RCtl
 from vhostfc.fc.login import Login
@@ -133,6 +133,7 @@ def _els_seeds() -> Iterator[tuple[str, bytes]]:
         els.Scr(),
         els.Rrq(0x010200, 1, 2),
         els.Rec(0x010200, 1, 2),
+        els.Rnid(els.NodeFormat.GENERAL_TOPOLOGY),
         els.Echo(b"echo"),
     ]
     for request in requests:
@@ -142,6 +143,8 @@ def _els_seeds() -> Iterator[tuple[str, bytes]]:
     yield "login", Login.fabric_accept(PEER, PEER, r_a_tov=10000, e_d_tov=2000).pack()
     yield "rtv accept", els.RtvAcc(10000, 2000).pack()
     yield "rec accept", els.RecAcc(1, 2, 0x010200, 0x01FE01, 512, els.RecAcc.INITIATIVE).pack()
+    yield "rnid accept", els.RnidAcc(ME, PEER).pack()
+    yield "rnid accept", els.RnidAcc(ME, PEER, els.AssociatedType.HOST, 1, 2, b"vendor").pack()
     yield "ba_acc", bls.BaAcc(1, 2).pack()
     yield "ba_rjt", bls.BaRjt(bls.Reason.LOGICAL_ERROR).pack()
     for frame in map(Frame.unpack, linux()):
@@ -158,6 +161,7 @@ ELS = Cases(
         "adisc": _codec(els.Adisc.unpack),
         "rtv accept": _codec(els.RtvAcc.unpack),
         "rec accept": _codec(els.RecAcc.unpack),
+        "rnid accept": _codec(els.RnidAcc.unpack),
         "ba_acc": _codec(bls.BaAcc.unpack),
         "ba_rjt": _codec(bls.BaRjt.unpack),
     },
@@ -171,6 +175,20 @@ def _ct_request(data: bytes) -> None:
     request = attempt(lambda: ct.parse_request(data), FrameError)
     if request is not None:
         same(request, ct.parse_request)
+
+
+def _fdmi_request(data: bytes) -> None:
+    def parse(payload: bytes) -> fdmi.Request:
+        return fdmi.parse_request(ct.CtIu.unpack(payload))
+
+    request = attempt(lambda: parse(data), FrameError)
+    if request is not None:
+        same(request, parse)
+
+
+def _fdmi_names(data: bytes) -> None:
+    names = attempt(lambda: fdmi.unpack_names(data), FrameError)
+    assert names is None or fdmi.unpack_names(fdmi.pack_names(names)) == names
 
 
 def _port_ids(data: bytes) -> None:
@@ -217,6 +235,20 @@ def _ct_seeds() -> Iterator[tuple[str, bytes]]:
     yield "names", ct.pack_port_names([(1, ME), (2, PEER)])
     yield "features", ct.pack_features({8: 2, 0x28: 3})
     yield "symbolic", ct.pack_symbolic_name(b"name")
+    yield "fdmi names", fdmi.pack_names((ME, PEER))
+    attributes: dict[int, bytes] = {
+        fdmi.HbaAttribute.MODEL: b"model".ljust(64, b"\0"),
+        fdmi.HbaAttribute.MANUFACTURER: b"maker\0\0\0",
+    }
+    registrations: list[fdmi.Request] = [
+        fdmi.RegisterHba(ME, (ME, PEER), attributes),
+        fdmi.RegisterPort(ME, PEER, attributes),
+        fdmi.RegisterAttributes(fdmi.Fdmi.RPA, ME, attributes),
+        fdmi.RegisterAttributes(fdmi.Fdmi.RHAT, ME, attributes),
+        *(fdmi.Simple(command, ME) for command in fdmi.Fdmi if command.name[0] in "GD"),
+    ]
+    for registration in registrations:
+        yield "fdmi request", registration.pack()
     yield "entry", ct.PortEntry(1, ME, PEER, frozenset({8}), b"port", b"node").pack()
 
 
@@ -229,6 +261,8 @@ CT = Cases(
         "features": _features,
         "symbolic": _symbolic,
         "entry": _codec(ct.PortEntry.unpack),
+        "fdmi request": _fdmi_request,
+        "fdmi names": _fdmi_names,
     },
     _ct_seeds,
 )

@@ -10,6 +10,8 @@ from typing import TypeVar
 
 from tests.fabric.san import BLOCK, Initiator, San
 from tests.scsi.conftest import Medium
+from vhostfc.fabric.gathering import AT_ONCE
+from vhostfc.fabric.management import MAX_BYTES
 from vhostfc.fabric.target import Abort, Exchange, Lost, Manage, Opened
 from vhostfc.fc import els
 from vhostfc.fc.fcp import FcpCmnd, ResponseCode, TmFlag
@@ -123,6 +125,16 @@ class Lab(San):
         assert switch.names._ids == sorted(switch.names.entries)
         assert sum(switch.names._nodes.values()) == len(switch.names.entries)
         assert switch.names._node_names.keys() <= switch.names._nodes.keys()
+        names = {login.wwpn for login in logins.values()}
+        assert switch.management._of_port.keys() <= names
+        assert {
+            port for hba in switch.management.hbas.values() for port in hba.ports
+        } == switch.management._of_port.keys()
+        for hba in switch.management.hbas.values():
+            for attributes in (hba.attributes, *hba.ports.values()):
+                assert sum(4 + len(value) for value in attributes.values()) <= MAX_BYTES
+        assert switch._gathering._begun.keys() <= logins.keys()
+        assert len(switch._gathering) <= AT_ONCE * len(logins)
         assert switch._registered.keys() <= logins.keys()
         assert switch._met.keys() <= logins.keys()
         assert len(switch._addresses) <= steps + 2

@@ -220,6 +220,9 @@ class TargetPort:
                 return (els_reply(frame, els.Echo(data, Els.LS_ACC).pack()),)
             case els.Rtv():
                 return (els_reply(frame, els.RtvAcc(10_000, 2_000).pack()),)
+            case els.Rnid():
+                node = els.RnidAcc.answer(request, self.wwpn, self.wwnn, els.AssociatedType.STORAGE_SUBSYSTEM)
+                return (els_reply(frame, node.pack()),)
             case els.Logo():
                 self.forget(frame.s_id)
                 return (els_reply(frame, els.LS_ACC),)

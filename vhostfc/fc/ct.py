@@ -115,7 +115,7 @@ CLASS_3 = 0x08
 class CtError(FrameError):
     """A request that cannot be read; reason and explanation are what its Reject_CT_IU shall say."""
 
-    def __init__(self, message: str, reason: Reason, explanation: Explanation = Explanation.NONE) -> None:
+    def __init__(self, message: str, reason: Reason, explanation: int = Explanation.NONE) -> None:
         super().__init__(message)
         self.reason = reason
         self.explanation = explanation

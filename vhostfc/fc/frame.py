@@ -88,6 +88,10 @@ class Address(enum.IntEnum):
     BROADCAST = 0xFFFFFF
 
 
+#: Domain controllers: the switch with this Domain_ID (FC-FS-4 table 32).
+DOMAIN_CONTROLLER = 0xFFFC00
+
+
 _HEADER = struct.Struct("!B3sB3sB3sBBHHHI")
 
 

@@ -370,6 +370,8 @@ class NPort:
                 reply = els.RtvAcc(round(self._wire.r_a_tov * 1000), round(self._wire.e_d_tov * 1000)).pack()
             case els.Echo(data):
                 reply = els.Echo(data, els.Els.LS_ACC).pack()
+            case els.Rnid():
+                reply = els.RnidAcc.answer(request, self.wwpn, self.wwnn, els.AssociatedType.HOST).pack()
             case els.Rrq():
                 pass
             case _:
