@@ -114,6 +114,18 @@ def test_a_name_in_use_is_refused() -> None:
     assert not other.ports
 
 
+def test_a_login_anew_that_is_refused_ends_what_was_before_too() -> None:
+    """The switch has reset the port by then; keep-alives must not keep here what is not there any more."""
+    segment = Segment()
+    logged_in(segment, 1)
+    enode = logged_in(segment, 2, vports=1)
+    enode.login(wwpn(1 << 4))
+    segment.settle()
+    assert len(enode.rejected) == 1
+    assert segment.logins() == [str(wwpn(1 << 4))]
+    assert repr(segment.forwarder) == "<Forwarder a segment: 2 ENodes, 1 N_Ports>"
+
+
 def test_logout_of_one_port_leaves_the_others() -> None:
     segment = Segment()
     enode = logged_in(segment, vports=1)

@@ -289,10 +289,10 @@ class Forwarder:
     def _reply(self, enode: _Enode, frame: Frame, data: bytes, now: float) -> Send:
         kind, wwpn = enode.asked.pop(frame.ox_id)
         descriptors: tuple[fip.Descriptor, ...] = (Encapsulated(kind, data),)
+        if kind == Encapsulated.FLOGI:  # whatever was there before is gone, even if this is a rejection
+            self._forget(list(enode.ports.values()))
         if frame.payload[:1] == bytes([Els.LS_ACC]):
             descriptors += (fip.Mac(fpma(self.fc_map, frame.d_id)),)
-            if kind == Encapsulated.FLOGI:  # whatever was there before is gone
-                self._forget(list(enode.ports.values()))
             if kind == Encapsulated.LOGO:
                 self._forget([port for port in enode.ports.values() if port.port_id == frame.d_id])
             else:
