@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import trio
+import trio.testing
 
 from tests.daemon.linkadapter import read_10, write_10, wwpn
 from tests.daemon.test_fabricd import TARGET, fabric, join, unit
@@ -114,6 +115,24 @@ async def test_a_capture_of_a_login_and_io_is_what_wireshark_expects(tmp_path: P
     comments = [packet["frame.comment"] for packet in packets if packet["frame.comment"]]
     assert f"{one.port.port_id:06x} is {wwpn(1)} of vm1" in comments
     assert "lost: fault lose-1" in comments
+
+
+async def test_the_last_frame_before_the_end_is_in_the_capture(tmp_path: Path) -> None:
+    async with fabric(tmp_path) as (san, nursery):
+        capturing, done = trio.CancelScope(), trio.Event()
+
+        async def record(task_status: trio.TaskStatus[None]) -> None:
+            with capturing:
+                await capture_to(san.door, CaptureFile(tmp_path / "x.pcapng"), task_status=task_status)
+            done.set()
+
+        await nursery.start(record)
+        await trio.testing.wait_all_tasks_blocked()
+        for tap in san.door.taps:
+            tap.put(Record(0, Interface("vm1"), bytes(24)))
+        capturing.cancel()
+        await done.wait()
+    assert len(read(tmp_path / "x.pcapng")) == 1
 
 
 async def test_frames_come_over_the_control_socket_as_well(tmp_path: Path) -> None:
