@@ -90,7 +90,6 @@ def test_the_small_link_services() -> None:
     node = els.RnidAcc.unpack(one.els(target, els.Rnid(els.NodeFormat.GENERAL_TOPOLOGY).pack()))
     assert node == els.RnidAcc(TARGET, NODE, els.AssociatedType.STORAGE_SUBSYSTEM, vendor=b"vhostfc")
     assert els.RnidAcc.unpack(one.els(target, els.Rnid(0x77).pack())) == els.RnidAcc(TARGET, NODE)
-    assert rejection(one, els.Rec(one.port_id, 1, 2).pack()) == LsRjt(Reason.NOT_SUPPORTED, Explanation.NOT_SUPPORTED)
     assert rejection(one, bytes([0x77, 0, 0, 0])) == LsRjt(Reason.NOT_SUPPORTED, Explanation.NOT_SUPPORTED)
 
 

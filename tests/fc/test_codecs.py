@@ -361,6 +361,7 @@ def test_a_command_shorter_than_it_says_is_refused() -> None:
         sense=st.binary(max_size=252),
         code=st.none() | octets,
         status_qualifier=xids,
+        confirm=st.booleans(),
     )
 )
 def test_responses_round_trip(rsp: fcp.FcpRsp) -> None:

@@ -232,7 +232,7 @@ def test_what_others_may_ask(online: Pair) -> None:
     assert answer(online, other, els.Rrq(other, 1, 2).pack()) == els.LS_ACC
 
 
-@pytest.mark.parametrize("payload", [bytes([0x7E, 0, 0, 0]), els.Rec(1, 2, 3).pack(), els.Scr().pack()])
+@pytest.mark.parametrize("payload", [bytes([0x7E, 0, 0, 0]), els.Scr().pack()])
 def test_what_is_not_supported_is_rejected(online: Pair, payload: bytes) -> None:
     reply = answer(online, 0x010909, payload)
 

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from tests.fc.conftest import Pair
-from tests.fc.tiny import lun
+from tests.fc.tiny import INVALID_OPCODE, lun
 from vhostfc.fc import ct, els
 from vhostfc.fc.els import Els
-from vhostfc.fc.fcp import FcpRsp, ResponseCode, TmFlag
+from vhostfc.fc.fcp import FcpCmnd, FcpRsp, ResponseCode, TmFlag, cmnd_frame, conf_frame, rsp_frame
 from vhostfc.fc.frame import Frame, els_reply, els_request
 from vhostfc.fc.login import Login
 from vhostfc.fc.sequence import ct_reply
@@ -127,13 +127,28 @@ def test_wireshark_reads_the_rest(tmp_path: Path) -> None:
             name,
             *ct_reply(name, ct.reject(ct.Reason.UNABLE_TO_PERFORM, ct.Explanation.PORT_ID_NOT_REGISTERED).pack()),
             Frame(7, 0x010101, 0x01FE01, 8, 0x980000, 9, payload=FcpRsp(code=ResponseCode.REJECTED).pack()),
+            command := cmnd_frame(0x010101, 0x01FE01, 10, FcpCmnd(bytes(8), bytes(16))),
+            response := rsp_frame(command, 7, 1, FcpRsp(2, sense=INVALID_OPCODE, confirm=True)),
+            conf_frame(response, 1),
         ],
         tmp_path,
     )
 
     told = " | ".join(packet["_ws.col.Info"] for packet in packets)
     assert not [packet for packet in packets if packet["_ws.malformed"] or "Malformed" in packet["_ws.col.Info"]], told
-    for words in ["REC", "PRLO", "ECHO", "RTV", "RNID", "GA_NXT", "ACC (GA_NXT)", "GID_FT", "GPN_ID", "LS_RJT"]:
+    for words in [
+        "REC",
+        "PRLO",
+        "ECHO",
+        "RTV",
+        "RNID",
+        "GA_NXT",
+        "ACC (GA_NXT)",
+        "GID_FT",
+        "GPN_ID",
+        "LS_RJT",
+        "Confirm",
+    ]:
         assert words in told, words
 
 

@@ -12,10 +12,12 @@ from tests.fabric.san import BLOCK, Initiator, San
 from tests.scsi.conftest import Medium
 from vhostfc.fabric.gathering import AT_ONCE
 from vhostfc.fabric.management import MAX_BYTES
-from vhostfc.fabric.target import Abort, Exchange, Lost, Manage, Opened
+from vhostfc.fabric.recovery import KEPT
+from vhostfc.fabric.target import Abort, Exchange, Lost, Manage, Opened, Untold
 from vhostfc.fc import els
 from vhostfc.fc.fcp import FcpCmnd, ResponseCode, TmFlag
 from vhostfc.fc.sequence import initiator_data
+from vhostfc.scsi.sense import attention_in
 from vhostfc.scsi.server import DeviceServer
 from vhostfc.scsi.task import Background, Effect, MediumError, ScsiResult, Task, TaskManagement
 from vhostfc.scsi.unit import LogicalUnit
@@ -67,6 +69,10 @@ class Lab(San):
                 self.deliver(self.switch.send(reply))
             case Manage(exchange):
                 self._manage(exchange)
+            case Untold(session, lun, sense):
+                server = self.array.resolve(self.target, session.wwpn, lun)
+                if isinstance(server, LogicalUnit) and (asc := attention_in(sense)) is not None:
+                    server.attention(asc, [session.nexus])
             case _:
                 pass
 
@@ -151,6 +157,8 @@ class Lab(San):
             functions = [exchange for exchange in session.exchanges.values() if exchange.managing]
             assert session.functions == len(functions) <= self.rations.commands
             assert len(session.exchanges) == len(waiting) + len(functions)
+            assert len(session.ends) <= KEPT
+            assert not session.exchanges.keys() & session.ends._ends.keys()
         assert len(target.sessions) == len(target._by_name)
         assert set(self.rations._shares) <= {s.wwpn for s in target.sessions.values()}
         for unit in self.units if not self.urgent else ():

@@ -1,4 +1,4 @@
-"""The management server: what HBAs say of themselves (FDMI, FC-GS-6 6.5).
+"""The management server: what HBAs say of themselves (FDMI, FC-GS-6 clause 6).
 
 An HBA is there as long as one of its ports is logged in; a port speaks for itself, and for the HBA that it is a port
 of.  An asker finds those HBAs that have a port which zoning shows it.

@@ -376,7 +376,10 @@ _REC_ACC = struct.Struct("!B3xHHx3sx3sII")
 
 @dataclass(frozen=True, slots=True)
 class RecAcc:
-    """fc4_value: bytes moved so far; status: E_STAT (FC-LS-3 table 47)."""
+    """fc4_value: bytes moved so far; status: E_STAT (FC-LS-3 table 47).
+
+    INITIATIVE: the sender of this accept has the Sequence Initiative.
+    """
 
     OWNER_RESPONDER = 0x80000000
     INITIATIVE = 0x40000000
@@ -408,14 +411,14 @@ class RecAcc:
 
 
 class NodeFormat(enum.IntEnum):
-    """Node identification data formats of RNID (FC-LS-3 table 146)."""
+    """Node identification data formats of RNID (FC-LS-3 clause 4)."""
 
     COMMON = 0x00
     GENERAL_TOPOLOGY = 0xDF
 
 
 class AssociatedType(enum.IntEnum):
-    """What kind of thing a node is (FC-LS-3 table 149)."""
+    """What kind of thing a node is, in the general topology discovery format."""
 
     UNKNOWN = 0x01
     SWITCH = 0x04
@@ -444,7 +447,7 @@ _GENERAL = struct.Struct("!16sIIIBBH16s2xH")
 
 @dataclass(frozen=True, slots=True)
 class RnidAcc:
-    """Who a node is; with associated_type also what it is: the general topology discovery format (FC-LS-3 4.2.26).
+    """Who a node is; with associated_type also what it is: the general topology discovery format.
 
     attached: nodes behind it, as a switch has them.  The format has room for management addresses; we have none.
     """

@@ -1,4 +1,4 @@
-"""The Fabric Device Management Interface: HBAs tell the management server who they are (FC-GS-6 6.5).
+"""The Fabric Device Management Interface: HBAs tell the management server who they are (FC-GS-6 clause 6).
 
 CT_IUs of the management service (FFFFFAh), subtype 10h.  An HBA has an identifier (drivers take the Port_Name of its
 first port), a list of ports, and attributes; so has each port.  An attribute is a type and bytes: what the types mean
@@ -26,7 +26,7 @@ MAX_PORTS, MAX_ATTRIBUTES = 256, 64
 
 
 class Fdmi(enum.IntEnum):
-    """Command codes (FC-GS-6 table 265)."""
+    """Command codes of FDMI (FC-GS-6 clause 6)."""
 
     GRHL = 0x0100  # Get Registered HBA List
     GHAT = 0x0101  # Get HBA Attributes
@@ -43,7 +43,7 @@ class Fdmi(enum.IntEnum):
 
 
 class Explanation(enum.IntEnum):
-    """Reason code explanations of FDMI, all with "unable to perform" (FC-GS-6 table 286)."""
+    """Reason code explanations of FDMI, all with "unable to perform"; those that we have a use for."""
 
     NONE = 0x00
     HBA_ALREADY_REGISTERED = 0x10
@@ -57,7 +57,7 @@ class Explanation(enum.IntEnum):
 
 
 class HbaAttribute(enum.IntEnum):
-    """Types of HBA attributes (FC-GS-6 table 269); what no number is told for here is kept all the same."""
+    """Types of HBA attributes; one that has no name here is kept all the same."""
 
     NODE_NAME = 0x0001
     MANUFACTURER = 0x0002
@@ -73,7 +73,7 @@ class HbaAttribute(enum.IntEnum):
 
 
 class PortAttribute(enum.IntEnum):
-    """Types of port attributes (FC-GS-6 table 272)."""
+    """Types of port attributes."""
 
     SUPPORTED_FC4_TYPES = 0x0001
     SUPPORTED_SPEEDS = 0x0002

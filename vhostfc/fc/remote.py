@@ -20,6 +20,8 @@ from vhostfc.fc.survey import Survey
 from vhostfc.fc.wwn import Wwn
 
 FCP = 0x08
+#: What we are in an image pair: an initiator that confirms FCP_RSPs when asked to.
+SERVICES = els.FcpService.INITIATOR | els.FcpService.READ_XFER_RDY_DISABLED | els.FcpService.CONFIRMED_COMPLETION
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0
 #: How often news may make a look at the units begin anew, before they have to wait for its end.
 _HURRIES = 4
@@ -197,8 +199,7 @@ class RemotePort:
             case RemoteState.PLOGI:
                 self._exchange = self._wire.els(self.port_id, Login.plogi(*self._ours).pack(), self._reply, now)
             case RemoteState.PRLI:
-                services = els.FcpService.INITIATOR | els.FcpService.READ_XFER_RDY_DISABLED
-                page = els.PrliPage(FCP, els.PrliPage.ESTABLISH, services)
+                page = els.PrliPage(FCP, els.PrliPage.ESTABLISH, SERVICES)
                 self._exchange = self._wire.els(self.port_id, els.Prli((page,)).pack(), self._reply, now)
             case RemoteState.ADISC:
                 payload = els.Adisc(*self._ours, self._wire.port_id).pack()
