@@ -54,7 +54,10 @@ def topology_tree(topology: dict[str, Any]) -> list[str]:
         (
             f"F_Port {one['f_port']}: {one['holder']} ({one['kind']}{_process(one['pid'])}), link {one['link']}",
             [
-                (f"{n['port_id']} {n['wwpn']}{_named(n['symbolic_name'])} since {_word(n['since'], 'since')}", [])
+                (
+                    f"{n['port_id']} {n['wwpn']}{_named(n['symbolic_name'])} since {_word(n['since'], 'since')}",
+                    [(f"HBA {', '.join(f'{k}: {v}' for k, v in n['hba'].items())}", [])] if n["hba"] else [],
+                )
                 for n in one["n_ports"]
             ],
         )

@@ -280,7 +280,6 @@ async def test_a_zone_a_mask_and_a_map_change_and_are_what_they_were(tmp_path: P
         await clear(tmp_path, name)
         assert not await sees(7)
 
-        await one.until(lambda: one.port._discovery._round is None)
         name = await add(tmp_path, "zone", zone="other", members=[str(wwpn(2)), ARRAY])
         await one.until(lambda: not one.remote().logged_in)
         await clear(tmp_path, name)

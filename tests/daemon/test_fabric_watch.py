@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import trio
+import trio.testing
 
 from tests.daemon.linkadapter import read_10, write_10, wwpn
 from tests.daemon.test_fabricd import TARGET, fabric, join, unit
@@ -18,6 +19,9 @@ from vhostfc.daemon.control import call, follow
 from vhostfc.daemon.fabric_events import WAITING, Events
 from vhostfc.errors import VhostfcError
 from vhostfc.fabric.pcapng import Interface, Record
+from vhostfc.fc import ct, fdmi
+from vhostfc.fc.fdmi import HbaAttribute, PortAttribute
+from vhostfc.fc.frame import Address
 from vhostfc.outline import topology_tree
 
 
@@ -113,6 +117,24 @@ async def test_a_capture_of_a_login_and_io_is_what_wireshark_expects(tmp_path: P
     assert "lost: fault lose-1" in comments
 
 
+async def test_the_last_frame_before_the_end_is_in_the_capture(tmp_path: Path) -> None:
+    async with fabric(tmp_path) as (san, nursery):
+        capturing, done = trio.CancelScope(), trio.Event()
+
+        async def record(task_status: trio.TaskStatus[None]) -> None:
+            with capturing:
+                await capture_to(san.door, CaptureFile(tmp_path / "x.pcapng"), task_status=task_status)
+            done.set()
+
+        await nursery.start(record)
+        await trio.testing.wait_all_tasks_blocked()
+        for tap in san.door.taps:
+            tap.put(Record(0, Interface("vm1"), bytes(24)))
+        capturing.cancel()
+        await done.wait()
+    assert len(read(tmp_path / "x.pcapng")) == 1
+
+
 async def test_frames_come_over_the_control_socket_as_well(tmp_path: Path) -> None:
     path = tmp_path / "y.pcapng"
     async with fabric(tmp_path) as (_, nursery):
@@ -206,3 +228,25 @@ async def test_the_topology_says_who_is_where_since_when(tmp_path: Path) -> None
         assert any("LUN 0: memory" in line and "for none, with a fault" in line for line in lines)
         assert any(line.endswith(f"{wwpn(5)}, not here") for line in lines)
         assert lines[-1] == "└─ fault busy-1: busy, active, 0 hits"
+
+
+async def test_the_topology_shows_what_a_driver_says_of_its_hba(tmp_path: Path) -> None:
+    async with fabric(tmp_path) as (san, nursery):
+        one = await join(nursery, tmp_path, 1)
+        topology = await call(tmp_path / "f.control", "topology")
+        assert topology["f_ports"][0]["n_ports"][0]["hba"] is None
+        about: dict[int, bytes] = {
+            HbaAttribute.MODEL: b"X-1".ljust(256, b"\0"),
+            HbaAttribute.OS_NAME_AND_VERSION: b"Linux v6.1\0\0",
+        }
+        registration = fdmi.RegisterHba(wwpn(1), (wwpn(1),), {**about, HbaAttribute.MAXIMUM_CT_PAYLOAD: bytes(4)})
+        host = fdmi.RegisterAttributes(fdmi.Fdmi.RPA, wwpn(1), {PortAttribute.HOST_NAME: b"node7\0"})
+        for payload in (registration.pack(), host.pack()):
+            frame = ct.ct_request(one.port.port_id, Address.MANAGEMENT_SERVER, 0x7000, payload)
+            san.door.arrive(1, frame.pack())
+        topology = await call(tmp_path / "f.control", "topology")
+        (n_port,) = topology["f_ports"][0]["n_ports"]
+        told = {"model": "X-1", "os_name_and_version": "Linux v6.1", "host_name": "node7"}
+        assert n_port["hba"] == {"identifier": str(wwpn(1)), **told}
+        words = "model: X-1, os_name_and_version: Linux v6.1, host_name: node7"
+        assert any(line.endswith(words) for line in topology_tree(topology))

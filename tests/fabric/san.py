@@ -9,7 +9,7 @@ from vhostfc.fabric.array import Array, Place
 from vhostfc.fabric.link import Note
 from vhostfc.fabric.rations import Rations
 from vhostfc.fabric.switch import Output, Switch
-from vhostfc.fabric.target import Exchange, Opened, TargetPort, Urgent
+from vhostfc.fabric.target import Exchange, Opened, TargetPort, Untold, Urgent
 from vhostfc.fabric.zoning import Zoning
 from vhostfc.fc import els
 from vhostfc.fc.fcp import FcpCmnd, FcpRsp, cmnd_frame
@@ -18,6 +18,7 @@ from vhostfc.fc.login import Login
 from vhostfc.fc.wwn import Wwn
 from vhostfc.scsi.inquiry import Identity
 from vhostfc.scsi.inquiry import TargetPort as IdentityPort
+from vhostfc.scsi.sense import attention_in
 from vhostfc.scsi.task import Read, ScsiResult, Task, Write
 from vhostfc.scsi.unit import LogicalUnit
 
@@ -42,7 +43,9 @@ class San:
         self.rations: Rations[Exchange] = Rations(commands=4, size=1 << 20)
         self.urgent: deque[Urgent] = deque()
         self.array = Array()
-        self.target = TargetPort("array-a", TARGET, NODE, 1, rations=self.rations, urgent=self.urgent)
+        self.target = TargetPort(
+            "array-a", TARGET, NODE, 1, rations=self.rations, urgent=self.urgent, clock=lambda: self.now
+        )
         self.array.add(self.target)
         self.units = [self.unit(n) for n in range(2)]
         self.array.set_places(self.target, {0: Place(self.units[0]), 1: Place(self.units[1], frozenset({wwpn(2)}))})
@@ -63,6 +66,11 @@ class San:
         """Serve what is in the queues, one after the other."""
         while self.urgent:
             match self.urgent.popleft():
+                case Untold(session, lun, sense):
+                    unit = self.array.resolve(self.target, session.wwpn, lun)
+                    asc = attention_in(sense)
+                    if isinstance(unit, LogicalUnit) and asc is not None:
+                        unit.attention(asc, [session.nexus])
                 case Opened(session):
                     for unit in self.array.seen(self.target, session.wwpn).values():
                         unit.attach(session.nexus)
@@ -105,6 +113,7 @@ class Initiator:
         self.f_port = san.switch.attach(f"vm{number}") if f_port is None else f_port
         self.port_id = 0
         self.ox_id = number << 8
+        self.services = 0
 
     def send(self, frame: Frame) -> None:
         self.san.deliver(self.san.switch.receive(self.f_port, frame.pack()))
@@ -138,7 +147,7 @@ class Initiator:
         return self.els(self.san.target.port_id, Login.plogi(self.wwpn, self.wwnn).pack())
 
     def prli(self) -> bytes:
-        page = els.PrliPage(FcType.FCP, els.PrliPage.ESTABLISH, els.FcpService.INITIATOR)
+        page = els.PrliPage(FcType.FCP, els.PrliPage.ESTABLISH, els.FcpService.INITIATOR | self.services)
         return self.els(self.san.target.port_id, els.Prli((page,)).pack())
 
     def open(self) -> Initiator:

@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 from tests.fabric.enode import Enode
 from tests.fabric.san import FABRIC, San, wwpn
 from vhostfc.fabric.fcf import Action, Deliver, Detach, Forwarder, LogOut, Send
-from vhostfc.fc import fip
+from vhostfc.fc import els, fip
 from vhostfc.fc.els import Els, Reason
 from vhostfc.fc.fcoe import Ethernet
 from vhostfc.fc.fip import Fip, Flag, Operation
-from vhostfc.fc.frame import Frame, RCtl
+from vhostfc.fc.frame import Address, Frame, RCtl, els_request
+from vhostfc.fc.login import Login
 
 FCF = bytes.fromhex("020000000001")
 
@@ -113,6 +114,18 @@ def test_a_name_in_use_is_refused() -> None:
     assert not other.ports
 
 
+def test_a_login_anew_that_is_refused_ends_what_was_before_too() -> None:
+    """The switch has reset the port by then; keep-alives must not keep here what is not there any more."""
+    segment = Segment()
+    logged_in(segment, 1)
+    enode = logged_in(segment, 2, vports=1)
+    enode.login(wwpn(1 << 4))
+    segment.settle()
+    assert len(enode.rejected) == 1
+    assert segment.logins() == [str(wwpn(1 << 4))]
+    assert repr(segment.forwarder) == "<Forwarder a segment: 2 ENodes, 1 N_Ports>"
+
+
 def test_logout_of_one_port_leaves_the_others() -> None:
     segment = Segment()
     enode = logged_in(segment, vports=1)
@@ -193,6 +206,48 @@ def test_an_fdisc_needs_a_flogi() -> None:
     segment.settle()
     assert not segment.logins()
     assert segment.forwarder.discarded == {"a login that no FLOGI goes before, or one too many": 1}
+
+
+@pytest.mark.parametrize("command", [Els.FLOGI, Els.FDISC, Els.LOGO])
+def test_a_login_or_logout_outside_fip_is_discarded(command: Els) -> None:
+    """The switch would act on it, and the forwarder would not know: a port without an address, or the reverse."""
+    segment = Segment()
+    enode = logged_in(segment, vports=1)
+    first, second = enode.ports
+    payload = els.Logo(second, enode.ports[second]).pack()
+    if command != Els.LOGO:
+        payload = dataclasses.replace(Login.flogi(wwpn(7), wwpn(8)), command=command).pack()
+    enode.send(els_request(second, Address.F_PORT, 7, payload))
+    segment.settle()
+    assert segment.forwarder.discarded == {"a login or logout outside FIP": 1}
+    assert [login.port_id for login in segment.san.switch.logins()] == sorted([first, second])
+    assert "2 N_Ports" in repr(segment.forwarder)
+
+
+def test_logins_that_nobody_answers_are_not_kept_for_ever() -> None:
+    segment = Segment()
+    enode = logged_in(segment)
+    request = Login.fdisc(wwpn(7), wwpn(8)).pack()
+    for ox_id in range(1000):
+        frame = els_request(0, Address.F_PORT, ox_id, request).pack()
+        message = Fip(Operation.LINK_SERVICE_REQUEST, Flag.FPMA, (fip.Encapsulated(fip.Encapsulated.FDISC, frame),))
+        data = Ethernet(FCF, enode.mac, 0x8914, message.pack()).pack()
+        assert [type(one) for one in segment.forwarder.receive(1, data, segment.now)] == [Deliver]
+    (kept,) = [one.asked for one in segment.forwarder._enodes.values()]
+    assert len(kept) == 64
+
+
+@pytest.mark.parametrize("kind", [fip.Encapsulated.FDISC, fip.Encapsulated.LOGO])
+def test_a_login_for_somebody_else_than_the_fabric_is_discarded(kind: int) -> None:
+    segment = Segment()
+    enode = logged_in(segment)
+    ((port_id, name),) = enode.ports.items()
+    is_logo = kind == fip.Encapsulated.LOGO
+    payload = els.Logo(port_id, name).pack() if is_logo else Login.fdisc(wwpn(7), wwpn(8)).pack()
+    frame = els_request(port_id if is_logo else 0, segment.san.target.port_id, 9, payload).pack()
+    enode._fip(Operation.LINK_SERVICE_REQUEST, fip.Encapsulated(kind, frame))
+    segment.settle()
+    assert segment.forwarder.discarded == {"a FIP descriptor that does not hold what it says": 1}
 
 
 @given(st.lists(st.tuples(st.sampled_from([0x8906, 0x8914, 0x0800]), st.binary(max_size=120)), max_size=8))

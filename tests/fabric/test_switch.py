@@ -188,6 +188,8 @@ def test_well_known_addresses_answer_what_they_know() -> None:
     assert one.els(Address.DIRECTORY_SERVER, els.Logo(one.port_id, one.wwpn).pack()) == els.LS_ACC
     assert one.els(Address.F_PORT, els.Rtv().pack())[0] == Els.LS_ACC
     assert one.els(Address.FABRIC_CONTROLLER, els.Echo(b"abcd").pack())[4:] == b"abcd"
+    node = els.RnidAcc.unpack(one.els(Address.F_PORT, els.Rnid(els.NodeFormat.GENERAL_TOPOLOGY).pack()))
+    assert (node.wwpn, node.associated_type, node.attached) == (FABRIC, els.AssociatedType.SWITCH, 2)
     rejection = els.rejection(one.els(Address.FABRIC_CONTROLLER, els.Rec(one.port_id, 1, 2).pack()))
     assert rejection == LsRjt(Reason.NOT_SUPPORTED, Explanation.NOT_SUPPORTED)
 

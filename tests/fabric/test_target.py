@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.fabric.san import BLOCK, TARGET, Initiator, San, wwpn
+from tests.fabric.san import BLOCK, NODE, TARGET, Initiator, San, wwpn
 from vhostfc.fabric.target import BURST, MAX_DATA_OUT, Abort, Lost, Manage, State
 from vhostfc.fc import bls, els
 from vhostfc.fc.els import Els, Explanation, FcpService, LsRjt, Reason
@@ -88,7 +88,9 @@ def test_the_small_link_services() -> None:
     assert els.RtvAcc.unpack(one.els(target, els.Rtv().pack())).e_d_tov == 2000
     assert one.els(target, els.Rrq(one.port_id, 1, 2).pack()) == els.LS_ACC
     assert one.els(target, els.Echo(b"abc!").pack())[4:] == b"abc!"
-    assert rejection(one, els.Rec(one.port_id, 1, 2).pack()) == LsRjt(Reason.NOT_SUPPORTED, Explanation.NOT_SUPPORTED)
+    node = els.RnidAcc.unpack(one.els(target, els.Rnid(els.NodeFormat.GENERAL_TOPOLOGY).pack()))
+    assert node == els.RnidAcc(TARGET, NODE, els.AssociatedType.STORAGE_SUBSYSTEM, vendor=b"vhostfc")
+    assert els.RnidAcc.unpack(one.els(target, els.Rnid(0x77).pack())) == els.RnidAcc(TARGET, NODE)
     assert rejection(one, bytes([0x77, 0, 0, 0])) == LsRjt(Reason.NOT_SUPPORTED, Explanation.NOT_SUPPORTED)
 
 
@@ -310,6 +312,22 @@ def test_a_task_management_function_goes_to_the_runner_past_the_queue() -> None:
 
 def luns(data: bytes) -> list[int]:
     return [data[at + 1] for at in range(8, len(data), 8)]
+
+
+def test_task_management_functions_are_rationed_too() -> None:
+    """Each waits for fences, so a port that asks without end must not have them all wait at once."""
+    san = San()
+    one, other = Initiator(san, 1).open(), Initiator(san, 2).open()
+    function = FcpCmnd(LUN0, bytes(16), tm_flags=TmFlag.QUERY_TASK_SET)
+    kept = [one.start(function) for _ in range(san.rations.commands)]
+    rsp, _ = one.result(one.start(function))
+    assert rsp.code == ResponseCode.FAILED
+    other.start(function)
+    assert len(san.urgent) == len(kept) + 1
+    (first,) = [e for e in san.target.exchanges() if e.frame.ox_id == kept[0] and e.session.wwpn == one.wwpn]
+    san.target.respond(first, ResponseCode.COMPLETE)
+    one.start(function)
+    assert not one.take()
 
 
 def test_report_luns_shows_what_the_mask_lets_through() -> None:

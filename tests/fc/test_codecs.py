@@ -65,6 +65,7 @@ els_requests = st.one_of(
     st.builds(els.Scr, octets),
     st.builds(els.Rrq, ids, xids, xids),
     st.builds(els.Rec, ids, xids, xids),
+    st.builds(els.Rnid, octets),
     st.builds(els.Echo, st.binary(max_size=64)),
 )
 names = st.binary(max_size=255)
@@ -222,7 +223,7 @@ def test_any_payload_is_an_els_request_or_deserves_a_rejection(command: Els, bod
 
 def test_an_unknown_els_is_not_supported() -> None:
     with pytest.raises(els.ElsError) as caught:
-        els.parse_request(bytes([0x78, 0, 0, 0]))
+        els.parse_request(bytes([0x7E, 0, 0, 0]))
 
     assert caught.value.rejection == els.LsRjt(Reason.NOT_SUPPORTED, Explanation.NOT_SUPPORTED)
 
@@ -360,6 +361,7 @@ def test_a_command_shorter_than_it_says_is_refused() -> None:
         sense=st.binary(max_size=252),
         code=st.none() | octets,
         status_qualifier=xids,
+        confirm=st.booleans(),
     )
 )
 def test_responses_round_trip(rsp: fcp.FcpRsp) -> None:
@@ -397,3 +399,20 @@ def test_an_abort_and_its_answer_name_the_same_exchange() -> None:
     assert (abts.r_ctl, abts.f_ctl, abts.payload) == (RCtl.BLS_ABTS, 0x090000, b"")
     assert (answer.r_ctl, answer.f_ctl, answer.payload.hex()) == (RCtl.BLS_BA_ACC, 0x980000, "00000000000700090000ffff")
     assert (answer.s_id, answer.d_id, answer.ox_id, answer.rx_id) == (0x01FE01, 0x010101, 7, 9)
+
+
+@pytest.mark.parametrize("body", [b"", b"\x05abc"])
+def test_a_symbolic_name_that_is_shorter_than_it_says_is_an_error(body: bytes) -> None:
+    with pytest.raises(FrameError, match="a name of"):
+        ct.unpack_symbolic_name(body)
+
+
+@given(st.builds(els.RnidAcc, wwns, wwns, words, words, words, st.just(b"vendor")) | st.builds(els.RnidAcc, wwns, wwns))
+def test_node_identification_round_trips(accept: els.RnidAcc) -> None:
+    assert els.RnidAcc.unpack(accept.pack()) == accept
+
+
+@pytest.mark.parametrize("payload", [bytes(8), bytes([2, 0, 0, 0, 0xDF, 16, 0, 52]) + bytes(60), b"\2" + bytes(23)])
+def test_node_identification_that_is_shorter_than_it_says(payload: bytes) -> None:
+    with pytest.raises(FrameError):
+        els.RnidAcc.unpack(payload)

@@ -14,7 +14,7 @@ from vhostfc.fc import els
 from vhostfc.fc.els import Els
 from vhostfc.fc.exchange import Timers
 from vhostfc.fc.fcp import FcpRsp, FcpXferRdy, ResponseCode, TmFlag, xfer_rdy_frame
-from vhostfc.fc.frame import Frame, FrameError, RCtl
+from vhostfc.fc.frame import FCtl, FcType, Frame, FrameError, RCtl, els_request
 from vhostfc.fc.initiator import Command, CommandDone, CommandResult, End, ManagementDone
 
 TUR = bytes(6)
@@ -346,3 +346,43 @@ def test_an_unknown_frame_in_an_exchange_is_overlooked(online: Pair) -> None:
     online.array.script = lambda _cmnd: Done()
     online.inject(*online.array.release())
     assert online.result(command).end is End.COMPLETE
+
+
+# ---------------------------------------------------------------- confirmation, and REC
+
+
+def test_a_response_that_wants_to_be_confirmed_is(online: Pair) -> None:
+    online.array.script = lambda _cmnd: FcpRsp(2, sense=INVALID_OPCODE, confirm=True)
+    online.sent.clear()
+    result = online.run(0, bytes(6))
+
+    assert (result.end, result.status) == (End.COMPLETE, 2)
+    cmnd, conf = online.sent
+    assert (conf.r_ctl, conf.type, conf.payload) == (RCtl.DATA_SOLICITED_CONTROL, FcType.FCP, b"")
+    assert conf.f_ctl == FCtl.LAST_SEQUENCE | FCtl.END_SEQUENCE
+    assert (conf.ox_id, conf.d_id, conf.rx_id) == (cmnd.ox_id, online.array.port_id, online.array.rx_id)
+
+
+def test_prli_says_that_we_confirm(online: Pair) -> None:
+    (page,) = [els.Prli.unpack(f.payload).pages[0] for f in online.sent if f.payload[:1] == b"\x20"]
+    assert page.parameters & els.FcpService.CONFIRMED_COMPLETION
+
+
+def test_a_target_may_ask_how_far_an_exchange_has_come(online: Pair) -> None:
+    online.array.hold = True
+    command = online.port.start_command(online.remote, lun(0), read(0, 8), online.now, data_in_length=8 * BLOCK)
+    online.settle()
+
+    def ask(s_id: int, ox_id: int) -> bytes:
+        online.sent.clear()
+        rec = els.Rec(s_id, ox_id, 0xFFFF).pack()
+        online.inject(els_request(online.array.port_id, online.port.port_id, 0x99, rec))
+        return online.sent[0].payload
+
+    me = online.port.port_id
+    accept = els.RecAcc.unpack(ask(me, command.ox_id))
+    assert (accept.ox_id, accept.originator_id, accept.responder_id) == (command.ox_id, me, online.array.port_id)
+    assert accept.status == 0, "ours, under way, and it is the target's turn"
+    for s_id, ox_id in ((me, command.ox_id + 1), (online.array.port_id, command.ox_id)):
+        rejection = els.LsRjt.unpack(ask(s_id, ox_id))
+        assert rejection == els.LsRjt(els.Reason.LOGICAL_ERROR, els.Explanation.INVALID_OX_ID_RX_ID)

@@ -227,10 +227,12 @@ def test_what_others_may_ask(online: Pair) -> None:
     assert adisc == els.Adisc(WWPN, WWNN, online.port.port_id, Els.LS_ACC)
     assert answer(online, other, els.Echo(b"abcd").pack()) == b"\x02\0\0\0abcd"
     assert els.RtvAcc.unpack(answer(online, other, els.Rtv().pack())) == els.RtvAcc(10000, 2000)
+    node = els.RnidAcc.unpack(answer(online, other, els.Rnid(els.NodeFormat.GENERAL_TOPOLOGY).pack()))
+    assert node == els.RnidAcc(WWPN, WWNN, els.AssociatedType.HOST, vendor=b"vhostfc")
     assert answer(online, other, els.Rrq(other, 1, 2).pack()) == els.LS_ACC
 
 
-@pytest.mark.parametrize("payload", [bytes([0x78, 0, 0, 0]), els.Rec(1, 2, 3).pack(), els.Scr().pack()])
+@pytest.mark.parametrize("payload", [bytes([0x7E, 0, 0, 0]), els.Scr().pack()])
 def test_what_is_not_supported_is_rejected(online: Pair, payload: bytes) -> None:
     reply = answer(online, 0x010909, payload)
 

@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import struct
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from tests.fc.conftest import Pair
-from tests.fc.tiny import lun
+from tests.fc.tiny import INVALID_OPCODE, lun
 from vhostfc.fc import ct, els
 from vhostfc.fc.els import Els
-from vhostfc.fc.fcp import FcpRsp, ResponseCode, TmFlag
+from vhostfc.fc.fcp import FcpCmnd, FcpRsp, ResponseCode, TmFlag, cmnd_frame, conf_frame, rsp_frame
 from vhostfc.fc.frame import Frame, els_reply, els_request
+from vhostfc.fc.login import Login
 from vhostfc.fc.sequence import ct_reply
 from vhostfc.fc.wwn import Wwn
 
@@ -22,15 +24,17 @@ from vhostfc.fc.wwn import Wwn
 FC_2 = 224
 
 
-def dissect(frames: list[Frame], directory: Path) -> list[dict[str, str]]:
-    """Protocol, text and faults of each frame, by tshark."""
+GENERAL = ("_ws.col.Protocol", "_ws.col.Info", "_ws.malformed", "_ws.expert.severity", "_ws.expert.message")
+
+
+def dissect(frames: list[Frame], directory: Path, fields: Sequence[str] = GENERAL) -> list[dict[str, str]]:
+    """Protocol, text and faults of each frame, or other fields, by tshark."""
     capture = directory / "session.pcap"
     with capture.open("wb") as stream:
         stream.write(struct.pack("<IHHiIII", 0xA1B2C3D4, 2, 4, 0, 0, 65535, FC_2))
         for number, frame in enumerate(frames):
             data = frame.pack()
             stream.write(struct.pack("<IIII", number, 0, len(data), len(data)) + data)
-    fields = ["_ws.col.Protocol", "_ws.col.Info", "_ws.malformed", "_ws.expert.severity", "_ws.expert.message"]
     command = ["tshark", "-n", "-r", str(capture), "-T", "json", *(word for name in fields for word in ("-e", name))]
     run = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
     packets = [packet["_source"]["layers"] for packet in json.loads(run.stdout)]
@@ -103,6 +107,7 @@ def test_wireshark_reads_the_rest(tmp_path: Path) -> None:
     by_type = ct.ct_request(0x010101, 0xFFFFFC, 3, ct.ByFc4Type(ct.Ct.GID_FT).pack())
     name = ct.ct_request(0x010101, 0xFFFFFC, 4, ct.ByPortId(ct.Ct.GPN_ID, 0x010101).pack())
     rejection = els.LsRjt(els.Reason.LOGICAL_ERROR, els.Explanation.INVALID_PORT_NAME)
+    node = els.RnidAcc(Wwn(0x5001438000000002), Wwn(0x5001438000000003), els.AssociatedType.SWITCH, 7, 1, b"vendor")
     prlo = els.Prli((els.PrliPage(8),), Els.PRLO)
     packets = dissect(
         [
@@ -111,6 +116,8 @@ def test_wireshark_reads_the_rest(tmp_path: Path) -> None:
             els_request(0x010101, 0x01FE01, 5, prlo.pack()),
             els_request(0x010101, 0x01FE01, 6, els.Echo(b"12345678").pack()),
             els_request(0x010101, 0xFFFFFE, 7, els.Rtv().pack()),
+            rnid := els_request(0x010101, 0xFFFFFE, 10, els.Rnid(els.NodeFormat.GENERAL_TOPOLOGY).pack()),
+            els_reply(rnid, node.pack()),
             els_reply(els_request(0x010101, 0xFFFFFE, 7, b""), els.RtvAcc(10000, 2000).pack()),
             els_reply(els_request(0, 0xFFFFFE, 8, b""), rejection.pack()),
             query,
@@ -120,11 +127,67 @@ def test_wireshark_reads_the_rest(tmp_path: Path) -> None:
             name,
             *ct_reply(name, ct.reject(ct.Reason.UNABLE_TO_PERFORM, ct.Explanation.PORT_ID_NOT_REGISTERED).pack()),
             Frame(7, 0x010101, 0x01FE01, 8, 0x980000, 9, payload=FcpRsp(code=ResponseCode.REJECTED).pack()),
+            command := cmnd_frame(0x010101, 0x01FE01, 10, FcpCmnd(bytes(8), bytes(16))),
+            response := rsp_frame(command, 7, 1, FcpRsp(2, sense=INVALID_OPCODE, confirm=True)),
+            conf_frame(response, 1),
         ],
         tmp_path,
     )
 
     told = " | ".join(packet["_ws.col.Info"] for packet in packets)
     assert not [packet for packet in packets if packet["_ws.malformed"] or "Malformed" in packet["_ws.col.Info"]], told
-    for words in ["REC", "PRLO", "ECHO", "RTV", "GA_NXT", "ACC (GA_NXT)", "GID_FT", "GPN_ID", "LS_RJT"]:
+    for words in [
+        "REC",
+        "PRLO",
+        "ECHO",
+        "RTV",
+        "RNID",
+        "GA_NXT",
+        "ACC (GA_NXT)",
+        "GID_FT",
+        "GPN_ID",
+        "LS_RJT",
+        "Confirm",
+    ]:
         assert words in told, words
+
+
+def test_wireshark_reads_what_we_mean_by_a_node(tmp_path: Path) -> None:
+    request = els_request(0x010101, 0xFFFFFE, 10, els.Rnid(els.NodeFormat.GENERAL_TOPOLOGY).pack())
+    node = els.RnidAcc(Wwn(0x5001438000000002), Wwn(0x5001438000000003), els.AssociatedType.SWITCH, 7, 1, b"vendor")
+    names = ("nodeidfmt", "spidlen", "vendoruniq", "asstype", "physport", "attnodes", "ipvers")
+    fields = [f"fcels.rnid.{name}" for name in names]
+    asked, told = dissect([request, els_reply(request, node.pack())], tmp_path, fields)
+    assert asked["fcels.rnid.nodeidfmt"] == "0xdf"
+    values = dict(zip(names, (told[field] for field in fields), strict=True))
+    assert values == {
+        "nodeidfmt": "0xdf",
+        "spidlen": "52",
+        "vendoruniq": b"vendor".ljust(16, b"\0").hex(),
+        "asstype": "0x00000004",
+        "physport": "0x00000001",
+        "attnodes": "0x00000007",
+        "ipvers": "0x00",
+    }
+
+
+def test_wireshark_reads_what_we_mean_by_a_login(tmp_path: Path) -> None:
+    """Credit, receive sizes, and that class 3 is the only class, in both accepts that a fabric gives."""
+    me, node = Wwn(0x5001438000000002), Wwn(0x5001438000000003)
+    flogi = els_request(0, 0xFFFFFE, 1, Login.flogi(me, node).pack())
+    plogi = els_request(0x010101, 0x01FE01, 2, Login.plogi(me, node).pack())
+    fabric = Login.fabric_accept(node, node, r_a_tov=10000, e_d_tov=2000)
+    frames = [
+        flogi,
+        els_reply(flogi, fabric.pack(), d_id=0x010101),
+        plogi,
+        els_reply(plogi, Login.plogi(node, node, accept=True).pack()),
+    ]
+    fields = [f"fcels.logi.{name}" for name in ("b2b", "cmnfeatures", "rcvsize", "clsflags", "clsrcvsize")]
+    class_3_only = "0x0000; 0x0000; 0x8800; 0x0000"  # valid, sequential delivery; classes 1, 2 and 4 are not
+    assert [[packet[field] for field in fields] for packet in dissect(frames, tmp_path, fields)] == [
+        ["10", "0x8000", "2112", class_3_only, "0"],  # FLOGI: several N_Port_IDs wanted
+        ["10", "0xb000", "2112", class_3_only, "0"],  # its accept: a clean address, NPIV, an F_Port
+        ["10", "0x8000", "2112", class_3_only, "2112"],  # PLOGI: continuously increasing offset
+        ["10", "0x8000", "2112", class_3_only, "2112"],
+    ]

@@ -1,7 +1,8 @@
 """The contract of the seam: what every Fabric does, whoever is below it.
 
 A test file subclasses FabricContract and gives a fixture `san`: a running fabric with an array.  The
-array has one target with units 0 and 1 of at least 1 MiB; everything else is asked of `San`.
+array has one target with units 0 and 1 of at least 1 MiB; everything else is asked of `San`.  What of it
+a guest can do too is CommandContract by itself.
 """
 
 from __future__ import annotations
@@ -140,49 +141,13 @@ async def path_to(port: Port, unit: Unit) -> AsyncIterator[tuple[Path, AsyncIter
         await path.aclose()
 
 
-class FabricContract:
-    """See the head of the file."""
+class CommandContract:
+    """Commands, task management, and what units do while one looks."""
 
     @pytest.fixture
     async def port(self, san: San) -> AsyncIterator[Port]:
         async with san.fabric.login(ME) as port:
             yield port
-
-    # ------------------------------------------------------------ login
-
-    async def test_after_the_login_the_snapshot_is_complete(self, san: San, port: Port) -> None:
-        topology = port.snapshot()
-
-        assert port.identity == ME
-        assert topology.state is PortState.ONLINE
-        assert topology.port_id
-        assert topology.fabric_name
-        assert remote(port, san).state is RemotePortState.ONLINE
-        assert remote(port, san).wwnn
-        assert remote(port, san).port_id
-        assert remote(port, san).units[:2] == (Unit(san.target, lun(0)), Unit(san.target, lun(1)))
-
-    async def test_a_wwpn_can_be_logged_in_once(self, san: San, port: Port) -> None:
-        with pytest.raises(LoginRefused, match=r"50:01:43:80:00:00:00:02.*already logged in"):
-            async with san.fabric.login(ME):
-                pass
-
-        assert port.snapshot().state is PortState.ONLINE
-
-    async def test_after_the_logout_it_can_log_in_again(self, san: San) -> None:
-        for _ in range(3):
-            async with san.fabric.login(ME) as port:
-                assert port.snapshot().state is PortState.ONLINE
-
-    async def test_two_ports_have_addresses_of_their_own(self, san: San, port: Port) -> None:
-        async with san.fabric.login(OTHER) as other:
-            assert other.snapshot().port_id != port.snapshot().port_id
-            assert numbers(other, san)[:2] == [0, 1]
-
-    async def test_what_goes_wrong_inside_comes_out_as_it_is(self, san: San) -> None:
-        with pytest.raises(ZeroDivisionError):
-            async with san.fabric.login(ME):
-                raise ZeroDivisionError
 
     # ------------------------------------------------------------ commands
 
@@ -269,11 +234,6 @@ class FabricContract:
 
     # ------------------------------------------------------------ changes
 
-    async def test_the_first_event_says_look(self, port: Port) -> None:
-        event = await anext(port.events())
-
-        assert (event.kind, event.unit) == (PortEventKind.TOPOLOGY, None)
-
     async def test_a_unit_that_comes_is_seen(self, san: San, port: Port) -> None:
         await san.add_unit(5)
         await until_topology(port, lambda: 5 in numbers(port, san))
@@ -305,6 +265,53 @@ class FabricContract:
         assert result.data_in == b"\x5a" * 512
         await until_topology(port, lambda: port.snapshot().state is PortState.ONLINE)
         assert numbers(port, san)[:2] == [0, 1]
+
+
+class FabricContract(CommandContract):
+    """See the head of the file."""
+
+    # ------------------------------------------------------------ login
+
+    async def test_after_the_login_the_snapshot_is_complete(self, san: San, port: Port) -> None:
+        topology = port.snapshot()
+
+        assert port.identity == ME
+        assert topology.state is PortState.ONLINE
+        assert topology.port_id
+        assert topology.fabric_name
+        assert remote(port, san).state is RemotePortState.ONLINE
+        assert remote(port, san).wwnn
+        assert remote(port, san).port_id
+        assert remote(port, san).units[:2] == (Unit(san.target, lun(0)), Unit(san.target, lun(1)))
+
+    async def test_a_wwpn_can_be_logged_in_once(self, san: San, port: Port) -> None:
+        with pytest.raises(LoginRefused, match=r"50:01:43:80:00:00:00:02.*already logged in"):
+            async with san.fabric.login(ME):
+                pass
+
+        assert port.snapshot().state is PortState.ONLINE
+
+    async def test_after_the_logout_it_can_log_in_again(self, san: San) -> None:
+        for _ in range(3):
+            async with san.fabric.login(ME) as port:
+                assert port.snapshot().state is PortState.ONLINE
+
+    async def test_two_ports_have_addresses_of_their_own(self, san: San, port: Port) -> None:
+        async with san.fabric.login(OTHER) as other:
+            assert other.snapshot().port_id != port.snapshot().port_id
+            assert numbers(other, san)[:2] == [0, 1]
+
+    async def test_what_goes_wrong_inside_comes_out_as_it_is(self, san: San) -> None:
+        with pytest.raises(ZeroDivisionError):
+            async with san.fabric.login(ME):
+                raise ZeroDivisionError
+
+    # ------------------------------------------------------------ events
+
+    async def test_the_first_event_says_look(self, port: Port) -> None:
+        event = await anext(port.events())
+
+        assert (event.kind, event.unit) == (PortEventKind.TOPOLOGY, None)
 
     # ------------------------------------------------------------ paths
 

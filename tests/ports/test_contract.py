@@ -1,4 +1,4 @@
-"""The contract over the emulated port: against a fake fabric, and against the real one."""
+"""The contract over the emulated port: against a fake fabric, against the real one, and as a guest sees it."""
 
 from __future__ import annotations
 
@@ -10,12 +10,16 @@ import structlog
 import trio
 
 from tests.fc.tiny import BLOCK, TinyTarget
-from tests.ports.contract import FabricContract, San, lun
+from tests.ports.contract import CommandContract, FabricContract, San, lun, read, ready
+from tests.ports.driven import DrivenFabric
 from tests.ports.fakefabric import FakeFabric
 from vhostfc.config import FabricConfig, load_fabric
 from vhostfc.daemon import fabricd
 from vhostfc.daemon.fabric_link import Link
+from vhostfc.fabric.pcapng import Record
+from vhostfc.fc.frame import RCtl
 from vhostfc.fc.wwn import Wwn
+from vhostfc.ports.base import Fabric, Port, Unit
 from vhostfc.ports.emulated import EmulatedFabric
 
 ARRAY = Wwn(0x5006_0160_0000_0001)
@@ -72,7 +76,7 @@ class RealSan:
         self.socket = directory / "fabric.sock"
         self.units = {0: "1MiB", 1: "1MiB"}
         self.served = fabricd.Fabric(self._config(), log=LOG)
-        self.fabric = emulated(self.socket)
+        self.fabric: Fabric = emulated(self.socket)
         self.target = ARRAY
 
     def _config(self) -> FabricConfig:
@@ -107,3 +111,47 @@ class TestRealFabric(FabricContract):
         san = RealSan(tmp_path)
         await nursery.start(san.served.serve)
         return san
+
+
+class _Guest(CommandContract):
+    """What a guest does goes through a whole adapter."""
+
+    fast_path: bool
+
+    @pytest.fixture
+    async def san(self, tmp_path: Path, nursery: trio.Nursery) -> San:
+        san = RealSan(tmp_path)
+        await nursery.start(san.served.serve)
+        san.fabric = DrivenFabric(san.fabric, fast_path=self.fast_path)
+        return san
+
+    async def test_how_blocks_travel(self, san: RealSan, port: Port) -> None:
+        """A read is an FCP_CMND, or none."""
+        unit = Unit(san.target, lun(0))
+        await ready(port, unit)
+        tap = Tap()
+        san.served.door.taps.append(tap)
+        for block in range(100):
+            result = await port.execute(unit, read(block, 1), data_in=512)
+            assert (result.status, len(result.data_in)) == (0, 512)
+        assert tap.commands == (0 if self.fast_path else 100)
+
+
+class Tap:
+    """Counts the commands that pass as frames."""
+
+    def __init__(self) -> None:
+        self.commands = 0
+
+    def put(self, record: Record) -> None:
+        self.commands += record.frame[0] == RCtl.DATA_UNSOLICITED_COMMAND
+
+
+class TestGuestOnTheFastPath(_Guest):
+    fast_path = True
+
+
+class TestGuestWithoutTheFastPath(_Guest):
+    """fast_path = false: everything as frames."""
+
+    fast_path = False

@@ -147,7 +147,8 @@ async def capture_to(
         task_status.started()
         try:
             async for batch in sniffer:
-                await trio.to_thread.run_sync(file.write, batch)
+                with trio.CancelScope(shield=True):  # what has been taken must not be lost on the way to the file
+                    await trio.to_thread.run_sync(file.write, batch)
         finally:
             while batch := sniffer.take():
                 file.write(batch)

@@ -27,14 +27,14 @@ from vhostfc.fabric.array import Array
 from vhostfc.fabric.link import InFlight
 from vhostfc.fabric.rations import Rations
 from vhostfc.fabric.switch import Output, Switch
-from vhostfc.fabric.target import Abort, Exchange, Lost, Manage, Opened, Urgent
+from vhostfc.fabric.target import Abort, Exchange, Lost, Manage, Opened, Session, Untold, Urgent
 from vhostfc.fc.fcp import ResponseCode, TmFlag
 from vhostfc.fc.frame import Frame
 from vhostfc.fc.wwn import Wwn
 from vhostfc.scsi import cdb as fields
 from vhostfc.scsi import sanitize
 from vhostfc.scsi.reservations import ReservationConflict
-from vhostfc.scsi.sense import Asc, CheckCondition, Sense, SenseKey
+from vhostfc.scsi.sense import Asc, CheckCondition, Sense, SenseKey, attention_in
 from vhostfc.scsi.server import DeviceServer
 from vhostfc.scsi.task import (
     AbortTasks,
@@ -188,11 +188,27 @@ class Runner:
                     self._nursery.start_soon(self._abort, exchange, reply)
                 case Manage(exchange):
                     self._nursery.start_soon(self._manage, exchange)
+                case Untold(session, lun, sense):
+                    again = self._tell_again(session, lun, sense)
+                    if again is not None:
+                        look_again[again] = None
         for unit in look_again:
             if (served := self._served(unit)) is not None:
                 served.changed()
         while (taken := self._rations.take(self._may_run)) is not None:
             self._begin(taken[1])
+
+    def _tell_again(self, session: Session, lun: bytes, sense: bytes) -> LogicalUnit | None:
+        """A unit attention condition that was told, and lost on the way, is pending again."""
+        asc = attention_in(sense)
+        target = self._array.port(session.nexus.port)
+        if asc is None or target is None:
+            return None
+        unit = self._array.resolve(target, session.wwpn, lun)
+        if not isinstance(unit, LogicalUnit):
+            return None
+        unit.attention(asc, [session.nexus])
+        return unit
 
     async def send(self, frames: Iterable[Frame]) -> None:
         """Frames of a target, each when there is room for it."""

@@ -12,8 +12,11 @@ from vhostfc.daemon.fabric_units import Key, Served, key
 from vhostfc.daemon.fcoe import FcoeAttachment
 from vhostfc.daemon.fencing import Opening
 from vhostfc.fabric.array import initiator
+from vhostfc.fabric.management import ManagementServer
 from vhostfc.fabric.switch import NPort, Switch
 from vhostfc.fabric.target import TargetPort
+from vhostfc.fc import fdmi
+from vhostfc.fc.fdmi import HbaAttribute, PortAttribute
 from vhostfc.fc.wwn import Wwn
 from vhostfc.scsi.access import Reservations
 
@@ -63,6 +66,20 @@ def describe(
             {"name": zone.name, "members": sorted(str(member) for member in zone.members)} for zone in config.zones
         ],
     }
+
+
+_HBA_TEXTS = (
+    HbaAttribute.MANUFACTURER,
+    HbaAttribute.SERIAL_NUMBER,
+    HbaAttribute.MODEL,
+    HbaAttribute.MODEL_DESCRIPTION,
+    HbaAttribute.HARDWARE_VERSION,
+    HbaAttribute.DRIVER_VERSION,
+    HbaAttribute.OPTION_ROM_VERSION,
+    HbaAttribute.FIRMWARE_VERSION,
+    HbaAttribute.OS_NAME_AND_VERSION,
+)
+_PORT_TEXTS = (PortAttribute.OS_DEVICE_NAME, PortAttribute.HOST_NAME)
 
 
 def topology(
@@ -136,7 +153,18 @@ def _n_port(login: NPort, switch: Switch) -> Json:
         "since": login.since,
         "symbolic_name": entry.symbolic_name.decode(errors="replace"),
         "target": entry.is_target,
+        "hba": _hba(login.wwpn, switch.management),
     }
+
+
+def _hba(wwpn: Wwn, management: ManagementServer) -> Json | None:
+    """What the port's driver has told the management server, as far as it is text; None when it has not."""
+    hba = management.hba_of(wwpn)
+    if hba is None:
+        return None
+    texts = {kind.name.lower(): fdmi.text(hba.attributes.get(kind, b"")) for kind in _HBA_TEXTS}
+    texts |= {kind.name.lower(): fdmi.text(hba.ports[wwpn].get(kind, b"")) for kind in _PORT_TEXTS}
+    return {"identifier": str(hba.identifier), **{name: said for name, said in texts.items() if said}}
 
 
 def _short(config: UnitConfig, served: Served) -> Json:

@@ -24,7 +24,7 @@ from vhostfc.fc import fcoe, fip
 from vhostfc.fc.els import Els
 from vhostfc.fc.fcoe import Ethernet, decapsulate, encapsulate, fpma, is_unicast
 from vhostfc.fc.fip import Encapsulated, Fip, Flag, Operation
-from vhostfc.fc.frame import Address, Frame, FrameError, RCtl
+from vhostfc.fc.frame import HEADER_LENGTH, Address, Frame, FrameError, RCtl, pack_id
 from vhostfc.fc.login import Login
 from vhostfc.fc.wwn import Wwn
 
@@ -33,6 +33,10 @@ VN_PORT_PERIOD = 90.0
 MISSED = 2.5
 #: ENodes of one attachment, and stations that are sent advertisements; each costs an F_Port of the switch.
 MAX_ENODES = 1024
+#: Logins and logouts of one ENode that wait for the switch; it answers at once, unless a fault has lost them.
+_MAX_ASKED = 64
+#: What a VN_Port may say to the fabric in FIP only (FC-BB-5 7.8).
+_IN_FIP = frozenset({bytes([Els.FLOGI]), bytes([Els.FDISC]), bytes([Els.LOGO])})
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,6 +167,9 @@ class Forwarder:
         if port.enode.station != station or ethernet.source != fpma(self.fc_map, s_id):
             return self._discard("another port's N_Port_ID")
         port.heard = port.enode.heard = now
+        to_fabric = frame[1:4] == pack_id(Address.F_PORT) and frame[0] == RCtl.ELS_REQUEST
+        if to_fabric and frame[HEADER_LENGTH : HEADER_LENGTH + 1] in _IN_FIP:
+            return self._discard("a login or logout outside FIP")
         return [Deliver(port.enode.f_port, frame)]
 
     # ------------------------------------------------------------ FIP
@@ -203,7 +210,8 @@ class Forwarder:
         asked = request.one(Encapsulated)
         frame = Frame.unpack(asked.frame)
         command = {Encapsulated.FLOGI: Els.FLOGI, Encapsulated.FDISC: Els.FDISC, Encapsulated.LOGO: Els.LOGO}
-        if frame.r_ctl != RCtl.ELS_REQUEST or frame.payload[:1] != bytes([command.get(asked.type, 0)]):
+        is_it = frame.r_ctl == RCtl.ELS_REQUEST and frame.d_id == Address.F_PORT
+        if not is_it or frame.payload[:1] != bytes([command.get(asked.type, 0)]):
             return self._discard("a FIP descriptor that does not hold what it says")
         if not request.flags & Flag.FPMA:
             return self._discard("a login that wants a MAC address of its own")
@@ -220,6 +228,8 @@ class Forwarder:
                 return self._discard("a login that no FLOGI goes before, or one too many")
             enode = found or self._new(station, source, now)
             enode.heard = now
+        if len(enode.asked) >= _MAX_ASKED:
+            del enode.asked[next(iter(enode.asked))]
         enode.asked[frame.ox_id] = (asked.type, wwpn)
         return [Deliver(enode.f_port, asked.frame)]
 
@@ -279,10 +289,10 @@ class Forwarder:
     def _reply(self, enode: _Enode, frame: Frame, data: bytes, now: float) -> Send:
         kind, wwpn = enode.asked.pop(frame.ox_id)
         descriptors: tuple[fip.Descriptor, ...] = (Encapsulated(kind, data),)
+        if kind == Encapsulated.FLOGI:  # whatever was there before is gone, even if this is a rejection
+            self._forget(list(enode.ports.values()))
         if frame.payload[:1] == bytes([Els.LS_ACC]):
             descriptors += (fip.Mac(fpma(self.fc_map, frame.d_id)),)
-            if kind == Encapsulated.FLOGI:  # whatever was there before is gone
-                self._forget(list(enode.ports.values()))
             if kind == Encapsulated.LOGO:
                 self._forget([port for port in enode.ports.values() if port.port_id == frame.d_id])
             else:

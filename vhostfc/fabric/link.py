@@ -155,13 +155,14 @@ Message = Hello | Frame | Open | Route | RouteAck | Close | Note | LatchStuck
 _OPEN = struct.Struct("!I3s3s8s")
 _ROUTE = struct.Struct("!III32sBBBBIIQ")
 _GONE, _READ_ONLY = 1, 2
+_MAX_TEXT = 1024
 
 
 def encode(message: Message) -> bytes:
     """One packet.  A name or a text that is too long is cut at 1024 bytes."""
     match message:
         case Hello(name, version):
-            body = struct.pack("!H", version) + name.encode()[:1024]
+            body = struct.pack("!H", version) + _text(name)
         case Frame(data):
             body = data
         case Open(seq, s_id, d_id, lun):
@@ -174,10 +175,15 @@ def encode(message: Message) -> bytes:
         case RouteAck(value) | Close(value):
             body = struct.pack("!I", value)
         case Note(text):
-            body = text.encode()[:1024]
+            body = _text(text)
         case LatchStuck(nexus, owner):
             body = struct.pack("!II", nexus, owner)
     return bytes([message.kind]) + body
+
+
+def _text(text: str) -> bytes:
+    """Cut between two characters: half of one would be a broken message."""
+    return text.encode()[:_MAX_TEXT].decode(errors="ignore").encode()
 
 
 def fd_count(message: Message) -> int:

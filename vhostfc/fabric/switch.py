@@ -4,11 +4,11 @@ Behind F_Ports are N_Ports of whatever kind: our adapters on their links, Linux 
 Several N_Ports may be behind one F_Port (NPIV): the first logs in with FLOGI, the others with FDISC.
 Target ports of arrays live inside (InternalPort): they are given frames and give frames.
 
-Three well-known addresses answer here: the F_Port (FLOGI, FDISC, LOGO), the name server, and the
-fabric controller, which sends RSCNs to those who asked for them with SCR.  A frame whose S_ID is not
-logged in at its F_Port is discarded, and so is one that zoning does not let through: class 3 has no
-negative answer.  An ELS request to an address that is not there is rejected in its name, so that
-nobody waits twice R_A_TOV for it.
+Well-known addresses answer here: the F_Port (FLOGI, FDISC, LOGO), the name server, the management
+server, the domain controller, and the fabric controller, which sends RSCNs to those who asked for them
+with SCR.  A frame whose S_ID is not logged in at its F_Port is discarded, and so is one that zoning does
+not let through: class 3 has no negative answer.  An ELS request to an address that is not there is
+rejected in its name, so that nobody waits twice R_A_TOV for it.
 
 RSCNs concern targets: initiators are not told of other initiators, which would make every guest
 rediscover whenever another one starts.
@@ -26,12 +26,14 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Protocol
 
+from vhostfc.fabric.gathering import Gathering
 from vhostfc.fabric.link import Note
+from vhostfc.fabric.management import ManagementServer
 from vhostfc.fabric.nameserver import Entry, NameServer
 from vhostfc.fabric.zoning import Zoning, affected
 from vhostfc.fc import ct, els
 from vhostfc.fc.els import Els, ElsError, EventQualifier, Explanation, LsRjt, Reason, ScrFunction
-from vhostfc.fc.frame import Address, FcType, Frame, FrameError, RCtl, els_reply, els_request
+from vhostfc.fc.frame import DOMAIN_CONTROLLER, Address, FcType, Frame, FrameError, RCtl, els_reply, els_request
 from vhostfc.fc.login import Login
 from vhostfc.fc.sequence import ct_reply
 from vhostfc.fc.wwn import Wwn
@@ -102,6 +104,8 @@ class Switch:
         self.name = name
         self.zoning = zoning
         self.names = NameServer()
+        self.management = ManagementServer()
+        self._gathering = Gathering()
         self.version = 0
         self.discarded: dict[str, int] = {}
         self.why: str | None = None
@@ -237,7 +241,7 @@ class Switch:
         source = self._n_ports.get(frame.s_id)
         if source is None or source.f_port != f_port:
             return self._discard("not logged in")
-        if frame.d_id >= 0xFFFFF0:
+        if frame.d_id >= 0xFFFFF0 or frame.d_id == DOMAIN_CONTROLLER | DOMAIN:
             return self._well_known(source, frame)
         target = self._targets.get(frame.d_id)
         destination = target or self._n_ports.get(frame.d_id)
@@ -345,6 +349,8 @@ class Switch:
         del self._by_name[login.wwpn]
         del self._f_ports[login.f_port].ids[port_id]
         self._registered.pop(port_id, None)
+        self._gathering.forget(port_id)
+        self.management.forget(login.wwpn)
         self.version += 1
         for target in self._met.pop(port_id, ()):
             target.forget(port_id)
@@ -359,7 +365,7 @@ class Switch:
 
     def _well_known(self, source: NPort, frame: Frame) -> list[Output]:
         if frame.type == FcType.CT and frame.r_ctl == RCtl.DATA_UNSOLICITED_CONTROL:
-            return self._name_server(source, frame) if frame.d_id == Address.DIRECTORY_SERVER else []
+            return self._common_transport(source, frame)
         if frame.type != FcType.ELS or frame.r_ctl != RCtl.ELS_REQUEST:
             return []  # replies to our RSCNs, basic link services: nothing waits for them
         try:
@@ -367,7 +373,7 @@ class Switch:
         except ElsError as error:
             return self.send(els_reply(frame, error.rejection.pack()))
         match frame.d_id, request:
-            case ((Address.DIRECTORY_SERVER | Address.FABRIC_CONTROLLER | Address.MANAGEMENT_SERVER), Login(Els.PLOGI)):
+            case address, Login(Els.PLOGI) if address in _LOG_IN_HERE:
                 accept = Login.plogi(Wwn(self.name), Wwn(self.name), accept=True, e_d_tov=E_D_TOV)
                 return self.send(els_reply(frame, accept.pack()))
             case Address.F_PORT, els.Logo():
@@ -387,15 +393,32 @@ class Switch:
                 return self.send(els_reply(frame, els.LS_ACC))
             case _, els.Echo(data):
                 return self.send(els_reply(frame, els.Echo(data, Els.LS_ACC).pack()))
+            case _, els.Rnid():
+                here = len(self._n_ports) + len(self._targets)
+                node = els.RnidAcc.answer(request, self.name, self.name, els.AssociatedType.SWITCH, attached=here)
+                return self.send(els_reply(frame, node.pack()))
         return self.send(_reject(frame, Reason.NOT_SUPPORTED, Explanation.NOT_SUPPORTED))
 
-    def _name_server(self, source: NPort, frame: Frame) -> list[Output]:
+    def _common_transport(self, source: NPort, frame: Frame) -> list[Output]:
         try:
-            answer = self.names.answer(source.port_id, frame.payload, self.zoning)
+            payload = self._gathering.add(frame)
+            if payload is None:
+                return []
+            if frame.d_id == Address.DIRECTORY_SERVER:
+                answer = self.names.answer(source.port_id, payload, self.zoning)
+                iu, changed = answer.iu, answer.changed
+            elif frame.d_id == Address.MANAGEMENT_SERVER:
+                iu = self.management.answer(source.wwpn, payload, self._n_port_here, self.visible)
+                changed = None
+            else:
+                return self._discard("no service")
         except FrameError:
             return self._discard("no CT_IU")
-        outputs = [out for reply in ct_reply(frame, answer.iu.pack()) for out in self.send(reply)]
-        return outputs + (self._notify(answer.changed) if answer.changed else [])
+        outputs = [out for reply in ct_reply(frame, iu.pack()) for out in self.send(reply)]
+        return outputs + (self._notify(changed) if changed else [])
+
+    def _n_port_here(self, wwpn: Wwn) -> bool:
+        return self.find(wwpn) is not None
 
     # ------------------------------------------------------------ RSCN
 
@@ -425,6 +448,15 @@ class Switch:
         return outputs
 
 
+#: Where an N_Port may log in; who asks there without is served as well.
+_LOG_IN_HERE = frozenset(
+    {
+        Address.DIRECTORY_SERVER,
+        Address.FABRIC_CONTROLLER,
+        Address.MANAGEMENT_SERVER,
+        DOMAIN_CONTROLLER | DOMAIN,
+    }
+)
 _LOGINS = frozenset({bytes([Els.FLOGI]), bytes([Els.FDISC])})
 
 

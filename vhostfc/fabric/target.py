@@ -16,10 +16,11 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 from vhostfc.fabric.rations import Rations
+from vhostfc.fabric.recovery import Ended, Ends
 from vhostfc.fc import bls, els
 from vhostfc.fc.els import Els, ElsError, Explanation, FcpService, LsRjt, Prli, PrliPage, Reason
 from vhostfc.fc.fcp import FcpCmnd, FcpRsp, FcpXferRdy, ResponseCode, rsp_frame, xfer_rdy_frame
-from vhostfc.fc.frame import FCtl, FcType, Frame, FrameError, RCtl, els_reply, els_request
+from vhostfc.fc.frame import UNASSIGNED_XID, FCtl, FcType, Frame, FrameError, RCtl, els_reply, els_request
 from vhostfc.fc.login import MIN_PAYLOAD, Login
 from vhostfc.fc.sequence import DataBuffer, data_payload, target_data
 from vhostfc.fc.wwn import Wwn
@@ -28,6 +29,9 @@ from vhostfc.scsi.task import Nexus, ScsiResult, Status
 
 #: Bytes that one FCP_XFER_RDY asks for; lossy attachments bear no more (an FCoE link drops what overflows).
 BURST = 64 << 10
+#: Seconds after which data that were asked for and do not come are given up, if others need the room: R_A_TOV.
+#: An initiator that recovers with REC begins its command anew and says nothing of the old exchange.
+DATA_TIMEOUT = 10.0
 #: The most data-out of one command: the transfer limit of page B0h with room to spare.
 MAX_DATA_OUT = 40 << 20
 
@@ -51,6 +55,7 @@ class Session:
     """A login of an N_Port with us.
 
     image: PRLI was done; nexus: as the device server knows the I_T nexus; since: seconds of the epoch.
+    functions: task management functions that are under way.  confirms: it sends an FCP_CONF when asked to.
     """
 
     port_id: int
@@ -59,12 +64,18 @@ class Session:
     payload_size: int
     image: bool = False
     since: float = 0.0
+    functions: int = 0
+    confirms: bool = False
     exchanges: dict[int, Exchange] = field(default_factory=dict)
+    ends: Ends = field(default_factory=Ends)
 
 
 @dataclass(eq=False, slots=True)
 class Exchange:
-    """An FCP exchange: a command, or a task management function.  size: what it counts against the ration."""
+    """An FCP exchange: a command, or a task management function.
+
+    admitted, managing: it counts against the ration of commands, or of functions.  size: its bytes there.
+    """
 
     target: TargetPort
     session: Session
@@ -74,8 +85,11 @@ class Exchange:
     state: State = State.RUNNING
     size: int = 0
     admitted: bool = False
+    managing: bool = False
     data: DataBuffer | None = None
     asked: int = 0  # bytes of data that XFER_RDYs have asked for
+    sent: int = 0  # bytes of data-in
+    heard: float = 0.0  # when it came, or data of it did
     seq_id: int = 0
 
     def next_seq(self) -> int:
@@ -123,7 +137,16 @@ class Lost:
     session: Session
 
 
-Urgent = Manage | Abort | Opened | Lost
+@dataclass(frozen=True, slots=True)
+class Untold:
+    """Sense data that were sent to an initiator for this LUN have not arrived."""
+
+    session: Session
+    lun: bytes
+    sense: bytes
+
+
+Urgent = Manage | Abort | Opened | Lost | Untold
 
 
 class TargetPort:
@@ -184,6 +207,8 @@ class TargetPort:
             exchange = session.exchanges.get(frame.ox_id)
             if exchange is not None and exchange.state is State.DATA:
                 return self._data(frame, exchange)
+        if frame.r_ctl == RCtl.DATA_SOLICITED_CONTROL and session is not None:
+            session.ends.confirm(frame.ox_id)
         return ()
 
     def forget(self, port_id: int) -> None:
@@ -214,6 +239,9 @@ class TargetPort:
                 return (els_reply(frame, els.Echo(data, Els.LS_ACC).pack()),)
             case els.Rtv():
                 return (els_reply(frame, els.RtvAcc(10_000, 2_000).pack()),)
+            case els.Rnid():
+                node = els.RnidAcc.answer(request, self.wwpn, self.wwnn, els.AssociatedType.STORAGE_SUBSYSTEM)
+                return (els_reply(frame, node.pack()),)
             case els.Logo():
                 self.forget(frame.s_id)
                 return (els_reply(frame, els.LS_ACC),)
@@ -229,6 +257,8 @@ class TargetPort:
                 return (els_reply(frame, els.Adisc(self.wwpn, self.wwnn, self.port_id, Els.LS_ACC).pack()),)
             case els.Rrq():
                 return (els_reply(frame, els.LS_ACC),)
+            case els.Rec():
+                return (self._rec(frame, request, session),)
         return (_reject(frame, Reason.NOT_SUPPORTED, Explanation.NOT_SUPPORTED),)
 
     def _plogi(self, frame: Frame, request: Login, source: Wwn) -> Frame:
@@ -252,9 +282,29 @@ class TargetPort:
                 self._prlo(session)
                 session.image = True
                 self.urgent.append(Opened(session))
-            parameters = FcpService.TARGET | FcpService.READ_XFER_RDY_DISABLED
+            confirms = page.parameters & FcpService.CONFIRMED_COMPLETION
+            if establish:
+                session.confirms = bool(confirms)
+            parameters = FcpService.TARGET | FcpService.READ_XFER_RDY_DISABLED | confirms
             answers.append(PrliPage(FcType.FCP, establish | PrliPage.EXECUTED, parameters))
         return els_reply(frame, Prli(tuple(answers), Els.LS_ACC).pack())
+
+    def _rec(self, frame: Frame, request: els.Rec, session: Session) -> Frame:
+        """How far an exchange has come.  It is the initiator's turn as long as we wait for its data."""
+        if request.s_id != frame.s_id:
+            return _reject(frame, Reason.LOGICAL_ERROR, Explanation.INVALID_ORIGINATOR_S_ID)
+        exchange = session.exchanges.get(request.ox_id)
+        if exchange is not None and request.rx_id in {exchange.rx_id, UNASSIGNED_XID}:
+            moved = exchange.data.received if exchange.data else exchange.sent
+            status = els.RecAcc.OWNER_RESPONDER
+            if exchange.state is not State.DATA:
+                status |= els.RecAcc.INITIATIVE
+            accept = els.RecAcc(request.ox_id, exchange.rx_id, frame.s_id, self.port_id, moved, status)
+            return els_reply(frame, accept.pack())
+        ended = session.ends.concise(request, self.port_id)
+        if ended is None:
+            return _reject(frame, Reason.LOGICAL_ERROR, Explanation.INVALID_OX_ID_RX_ID)
+        return els_reply(frame, ended.pack())
 
     def _prlo(self, session: Session) -> None:
         """The image pair ends, the login stays."""
@@ -281,17 +331,22 @@ class TargetPort:
         stale = session.exchanges.get(frame.ox_id)
         if stale is not None and self.drop(stale):  # its originator has given it up, without a word
             self.urgent.append(Abort(stale))
-        exchange = Exchange(self, session, frame, cmnd, next(self._rx_ids))
+        session.ends.forget(frame.ox_id)
+        exchange = Exchange(self, session, frame, cmnd, next(self._rx_ids), heard=self._clock())
         session.exchanges[frame.ox_id] = exchange
         if cmnd.tm_flags:
             if cmnd.tm_flags & cmnd.tm_flags - 1:
                 return self.respond(exchange, ResponseCode.INVALID_CMND_FIELD)
+            if session.functions >= self.rations.commands:
+                return self.respond(exchange, ResponseCode.FAILED)
+            session.functions += 1
+            exchange.managing = True
             self.urgent.append(Manage(exchange))
             return ()
         if cmnd.write and cmnd.data_length > MAX_DATA_OUT:
             return self.finish(exchange, _TOO_LONG)
         exchange.size = (cmnd.data_length if cmnd.write else 0) + min(exchange.data_in_length, MAX_DATA_OUT)
-        if not self.rations.admit(session.wwpn, exchange.size):
+        if not self._admit(session, exchange.size):
             return self.finish(exchange, ScsiResult(_refusal(exchange)))
         exchange.admitted = True
         if cmnd.write and cmnd.data_length:
@@ -300,6 +355,16 @@ class TargetPort:
             return (self._ask(exchange),)
         self._ready(exchange)
         return ()
+
+    def _admit(self, session: Session, size: int) -> bool:
+        """Room for a command; where there is none, what waits for data that never come gives way."""
+        if self.rations.admit(session.wwpn, size):
+            return True
+        since = self._clock() - DATA_TIMEOUT
+        hanging = [e for e in session.exchanges.values() if e.state is State.DATA and e.heard < since]
+        for exchange in hanging:
+            self.drop(exchange)
+        return bool(hanging) and self.rations.admit(session.wwpn, size)
 
     def _ready(self, exchange: Exchange) -> None:
         exchange.state = State.WAITING
@@ -314,6 +379,7 @@ class TargetPort:
 
     def _data(self, frame: Frame, exchange: Exchange) -> Iterable[Frame]:
         assert exchange.data is not None
+        exchange.heard = self._clock()
         offset = frame.parameter if frame.f_ctl & FCtl.RELATIVE_OFFSET else exchange.data.received
         try:
             if offset + len(frame.payload) > exchange.asked:
@@ -332,6 +398,10 @@ class TargetPort:
 
     def _abts(self, frame: Frame, session: Session | None) -> Iterable[Frame]:
         exchange = session.exchanges.get(frame.ox_id) if session else None
+        ended = session.ends.abort(frame.ox_id) if session and not exchange and not frame.from_responder else None
+        if session is not None and ended is not None:
+            self.urgent.append(Untold(session, ended.lun, ended.sense))
+            return (bls.answer(frame, bls.BaAcc(frame.ox_id, ended.rx_id), rx_id=ended.rx_id),)
         if exchange is None or frame.from_responder:
             rejection = bls.BaRjt(bls.Reason.LOGICAL_ERROR, bls.Explanation.INVALID_OX_ID_RX_ID)
             return (bls.answer(frame, rejection),)
@@ -361,6 +431,8 @@ class TargetPort:
         exchange.state = State.ENDED
         if exchange.admitted:
             self.rations.release(exchange.session.wwpn, exchange.size)
+        if exchange.managing:
+            exchange.session.functions -= 1
         if exchange.session.exchanges.get(exchange.frame.ox_id) is exchange:
             del exchange.session.exchanges[exchange.frame.ox_id]
 
@@ -384,11 +456,17 @@ class TargetPort:
         if data:
             limit = data_payload(exchange.session.payload_size)
             for one in target_data(frame, data, rx_id=exchange.rx_id, seq_id=exchange.next_seq(), limit=limit):
+                exchange.sent += len(one.payload)
                 yield one
                 if exchange.state is not State.RUNNING:
                     return
-        rsp = FcpRsp(status=result.status, residual=cmnd.data_length - used, sense=result.sense)
+        confirm = exchange.session.confirms and bool(result.sense)
+        rsp = FcpRsp(result.status, cmnd.data_length - used, result.sense, confirm=confirm)
         self._end(exchange)
+        moved_ = used if cmnd.write else exchange.sent
+        exchange.session.ends.add(
+            Ended(frame.ox_id, exchange.rx_id, moved_, cmnd.lun, result.sense, confirmed=not confirm)
+        )
         yield rsp_frame(frame, exchange.rx_id, exchange.next_seq(), rsp)
 
     def respond(self, exchange: Exchange, code: ResponseCode) -> tuple[Frame, ...]:
@@ -396,6 +474,7 @@ class TargetPort:
         if exchange.state is State.ENDED:
             return ()
         self._end(exchange)
+        exchange.session.ends.add(Ended(exchange.frame.ox_id, exchange.rx_id, 0, exchange.cmnd.lun))
         return (rsp_frame(exchange.frame, exchange.rx_id, exchange.next_seq(), FcpRsp(code=code)),)
 
     def exchanges(self) -> Iterator[Exchange]:

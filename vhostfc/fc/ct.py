@@ -115,7 +115,7 @@ CLASS_3 = 0x08
 class CtError(FrameError):
     """A request that cannot be read; reason and explanation are what its Reject_CT_IU shall say."""
 
-    def __init__(self, message: str, reason: Reason, explanation: Explanation = Explanation.NONE) -> None:
+    def __init__(self, message: str, reason: Reason, explanation: int = Explanation.NONE) -> None:
         super().__init__(message)
         self.reason = reason
         self.explanation = explanation
@@ -428,8 +428,8 @@ def _counted(text: bytes) -> bytes:
 
 
 def _uncounted(data: bytes, code: Ct) -> bytes:
-    if len(data) < 1 + data[0]:
-        raise CtError(f"{code.name}: a name of {data[0]} bytes in {len(data)}", Reason.INVALID_SIZE)
+    if not data or len(data) < 1 + data[0]:
+        raise CtError(f"{code.name}: a name of {data[0] if data else 0} bytes in {len(data)}", Reason.INVALID_SIZE)
     return data[1 : 1 + data[0]]
 
 

@@ -1,8 +1,9 @@
 """Who is out there: the name server's list, and a RemotePort for each entry.
 
-Discovery goes in rounds.  A round asks the name server (GPN_FT), brings every remote port up to date,
-and is over when none of them is busy any more.  What is asked for while a round runs waits for the next
-one, so a notification is never lost in a round that had already passed its subject.
+A request asks the name server (GPN_FT) and brings every remote port up to date; it is answered when no
+port is busy any more for its sake.  What is requested while the name server is being asked waits for that
+answer and asks anew then, so a notification is never lost in a list that was made before it; but it
+does not wait for ports: one that hangs is perhaps just the one that the news are about.
 """
 
 from __future__ import annotations
@@ -65,9 +66,10 @@ class Discovery:
         self._hold = hold
         self._failed = failed
         self._online = False
-        self._asked = 0
-        self._round: int | None = None
-        self._querying = False
+        # Requests are numbered: how many there were, and up to which the name server has answered and we have told.
+        self._asked = self._answered = self._told = 0
+        self._query_for: int | None = None  # up to which the query under way is for
+        self._busy_since: dict[Wwn, int] = {}  # ports that are busy, and which answer found or made them so
         self._pages: list[RscnPage] = []
         self._tries = 0
         self._exchange: Exchange | None = None
@@ -88,8 +90,8 @@ class Discovery:
 
     def link_down(self, now: float) -> None:
         """We are not logged in any more, and so is nobody."""
-        self._online = self._querying = False
-        self._round = None
+        self._online = False
+        self._query_for = None
         self._wire.timers.cancel(self._timer)
         self._wire.withdraw(self._exchange, now)
         for wwpn, remote in list(self.remotes.items()):
@@ -100,15 +102,13 @@ class Discovery:
     def by_port_id(self, port_id: int) -> RemotePort | None:
         return next((remote for remote in self.remotes.values() if remote.port_id == port_id), None)
 
-    # ---------------------------------------------------------------- a round
+    # ---------------------------------------------------------------- asking
 
     def _begin(self, now: float) -> None:
-        if not self._online or self._round is not None:
-            return
-        self._round = self._asked
-        self._tries = 0
-        self._querying = True
-        self._query(now)
+        if self._online and self._query_for is None and self._answered < self._asked:
+            self._query_for = self._asked
+            self._tries = 0
+            self._query(now)
 
     def _query(self, now: float) -> None:
         self._timer = None
@@ -126,6 +126,8 @@ class Discovery:
             else:
                 self._failed(now)
             return
+        assert self._query_for is not None
+        self._answered = self._query_for
         pages, self._pages = self._pages, []
         listed = {wwpn: port_id for port_id, wwpn in ports if port_id != self._wire.port_id and wwpn != self._ours[0]}
         for wwpn, remote in list(self.remotes.items()):
@@ -142,20 +144,22 @@ class Discovery:
                     self._wire, self._initiator, self._ours, wwpn, port_id, hold=self._hold, moved=self._moved
                 )
             self.remotes[wwpn].listed(port_id, now, refresh=_concerned(port_id, pages))
-        self._querying = False
+        self._query_for = None
         self._moved(now)
+        self._begin(now)
 
     def _moved(self, now: float) -> None:
         shown = {wwpn: visible(remote) for wwpn, remote in self.remotes.items() if remote.known}
         if shown != self._shown:
             self._shown = shown
             self._wire.events.append(TopologyChanged())
-        if self._round is None or self._querying or any(r.state in BUSY for r in self.remotes.values()):
-            return
-        self._wire.events.append(Discovered(self._round))
-        done, self._round = self._round, None
-        if done < self._asked:
-            self._begin(now)
+        busy = {wwpn for wwpn, remote in self.remotes.items() if remote.state in BUSY}
+        self._busy_since = {wwpn: self._busy_since.get(wwpn, self._answered) for wwpn in busy}
+        if self._online and self._query_for != self._answered:  # not in the middle of an answer
+            done = min(self._busy_since.values(), default=self._answered + 1) - 1
+            if done > self._told:
+                self._told = done
+                self._wire.events.append(Discovered(done))
 
 
 def visible(remote: RemotePort) -> Visible:

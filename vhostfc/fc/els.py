@@ -35,6 +35,7 @@ class Els(enum.IntEnum):
     ADISC = 0x52
     RSCN = 0x61
     SCR = 0x62
+    RNID = 0x78
 
 
 class Reason(enum.IntEnum):
@@ -375,7 +376,10 @@ _REC_ACC = struct.Struct("!B3xHHx3sx3sII")
 
 @dataclass(frozen=True, slots=True)
 class RecAcc:
-    """fc4_value: bytes moved so far; status: E_STAT (FC-LS-3 table 47)."""
+    """fc4_value: bytes moved so far; status: E_STAT (FC-LS-3 table 47).
+
+    INITIATIVE: the sender of this accept has the Sequence Initiative.
+    """
 
     OWNER_RESPONDER = 0x80000000
     INITIATIVE = 0x40000000
@@ -406,6 +410,85 @@ class RecAcc:
         return cls(ox_id, rx_id, unpack_id(originator), unpack_id(responder), value, status)
 
 
+class NodeFormat(enum.IntEnum):
+    """Node identification data formats of RNID (FC-LS-3 clause 4)."""
+
+    COMMON = 0x00
+    GENERAL_TOPOLOGY = 0xDF
+
+
+class AssociatedType(enum.IntEnum):
+    """What kind of thing a node is, in the general topology discovery format."""
+
+    UNKNOWN = 0x01
+    SWITCH = 0x04
+    HOST = 0x0A
+    STORAGE_SUBSYSTEM = 0x0B
+
+
+@dataclass(frozen=True, slots=True)
+class Rnid:
+    """Request node identification data."""
+
+    format: int = NodeFormat.COMMON
+
+    def pack(self) -> bytes:
+        return bytes([Els.RNID, 0, 0, 0, self.format, 0, 0, 0])
+
+    @classmethod
+    def unpack(cls, payload: bytes) -> Self:
+        _require(payload, 8, Els.RNID)
+        return cls(payload[4])
+
+
+_RNID_ACC = struct.Struct("!B3xBBxB8s8s")
+_GENERAL = struct.Struct("!16sIIIBBH16s2xH")
+
+
+@dataclass(frozen=True, slots=True)
+class RnidAcc:
+    """Who a node is; with associated_type also what it is: the general topology discovery format.
+
+    attached: nodes behind it, as a switch has them.  The format has room for management addresses; we have none.
+    """
+
+    wwpn: Wwn
+    wwnn: Wwn
+    associated_type: int | None = None
+    attached: int = 0
+    physical_port: int = 0
+    vendor: bytes = b""
+
+    @classmethod
+    def answer(cls, request: Rnid, wwpn: Wwn, wwnn: Wwn, kind: AssociatedType, *, attached: int = 0) -> Self:
+        """In the format that was asked for, or with the common data alone where that is not known."""
+        if request.format != NodeFormat.GENERAL_TOPOLOGY:
+            return cls(wwpn, wwnn)
+        return cls(wwpn, wwnn, kind, attached, vendor=b"vhostfc")
+
+    def pack(self) -> bytes:
+        general = b""
+        if self.associated_type is not None:
+            vendor = self.vendor.ljust(16, b"\0")
+            general = _GENERAL.pack(
+                vendor, self.associated_type, self.physical_port, self.attached, 0, 0, 0, bytes(16), 0
+            )
+        form = NodeFormat.GENERAL_TOPOLOGY if general else NodeFormat.COMMON
+        return _RNID_ACC.pack(Els.LS_ACC, form, 16, len(general), self.wwpn.pack(), self.wwnn.pack()) + general
+
+    @classmethod
+    def unpack(cls, payload: bytes) -> Self:
+        """Raises FrameError for data that are shorter than they say; a format not known here has common data only."""
+        _require(payload, _RNID_ACC.size, Els.RNID)
+        _, form, common, specific, wwpn, wwnn = _RNID_ACC.unpack_from(payload)
+        if common != 16 or len(payload) < _RNID_ACC.size + specific:
+            raise FrameError(f"an LS_ACC of RNID with {common} and {specific} bytes in {len(payload)}")
+        if form != NodeFormat.GENERAL_TOPOLOGY or specific < _GENERAL.size:
+            return cls(Wwn.unpack(wwpn), Wwn.unpack(wwnn))
+        vendor, kind, port, attached, *_ = _GENERAL.unpack_from(payload, _RNID_ACC.size)
+        return cls(Wwn.unpack(wwpn), Wwn.unpack(wwnn), kind, attached, port, vendor.rstrip(b"\0"))
+
+
 @dataclass(frozen=True, slots=True)
 class Echo:
     """Any bytes, and the same bytes in the LS_ACC."""
@@ -422,7 +505,7 @@ class Echo:
         return cls(payload[4:], payload[0])
 
 
-Request = Login | Logo | Prli | Adisc | Rtv | Rscn | Scr | Rrq | Rec | Echo
+Request = Login | Logo | Prli | Adisc | Rtv | Rscn | Scr | Rrq | Rec | Rnid | Echo
 
 _REQUESTS: dict[int, type[Request]] = {
     Els.PLOGI: Login,
@@ -437,6 +520,7 @@ _REQUESTS: dict[int, type[Request]] = {
     Els.SCR: Scr,
     Els.RRQ: Rrq,
     Els.REC: Rec,
+    Els.RNID: Rnid,
     Els.ECHO: Echo,
 }
 

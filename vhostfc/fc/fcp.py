@@ -2,7 +2,7 @@
 
 FCP_CMND takes a command or a task management function to a logical unit, FCP_XFER_RDY asks for a
 burst of the data of a write, FCP_DATA carries data either way (its payload is nothing but data),
-FCP_RSP ends the exchange.
+FCP_RSP ends the exchange, or asks for an FCP_CONF that does.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ from dataclasses import dataclass
 from typing import Self
 
 from vhostfc.fc.frame import (
+    F_CTL_CONF,
     F_CTL_REQUEST,
     F_CTL_RESPONSE,
+    F_CTL_RSP_TO_CONFIRM,
     F_CTL_XFER_RDY,
     FcType,
     Frame,
@@ -146,7 +148,7 @@ class ResponseCode(enum.IntEnum):
 
 
 _RSP = struct.Struct("!8xHBBIII")
-_INFO_VALID, _SENSE_VALID, _OVER, _UNDER = 0x01, 0x02, 0x04, 0x08
+_INFO_VALID, _SENSE_VALID, _OVER, _UNDER, _CONFIRM = 0x01, 0x02, 0x04, 0x08, 0x10
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +157,7 @@ class FcpRsp:
 
     residual: bytes that were expected and not moved (> 0, FCP_RESID_UNDER) or that did not fit (< 0,
     FCP_RESID_OVER).  code: the RSP_CODE, or None when there is no response information; status holds
-    only then or with code COMPLETE.
+    only then or with code COMPLETE.  confirm: FCP_CONF_REQ, the exchange goes on until an FCP_CONF has come.
     """
 
     status: int = 0
@@ -163,11 +165,12 @@ class FcpRsp:
     sense: bytes = b""
     code: int | None = None
     status_qualifier: int = 0
+    confirm: bool = False
 
     def pack(self) -> bytes:
         info = b"" if self.code is None else struct.pack("!3xB4x", self.code)
         flags = _INFO_VALID * bool(info) | _SENSE_VALID * bool(self.sense)
-        flags |= _UNDER * (self.residual > 0) | _OVER * (self.residual < 0)
+        flags |= _UNDER * (self.residual > 0) | _OVER * (self.residual < 0) | _CONFIRM * self.confirm
         return (
             _RSP.pack(
                 self.status_qualifier,
@@ -203,6 +206,7 @@ class FcpRsp:
             sense=payload[sense_at : sense_at + sense_length],
             code=payload[_RSP.size + 3] if flags & _INFO_VALID else None,
             status_qualifier=qualifier,
+            confirm=bool(flags & _CONFIRM),
         )
 
 
@@ -229,15 +233,20 @@ def xfer_rdy_frame(cmnd: Frame, rx_id: int, seq_id: int, xfer_rdy: FcpXferRdy) -
 
 
 def rsp_frame(cmnd: Frame, rx_id: int, seq_id: int, rsp: FcpRsp) -> Frame:
-    """From the target: ends the exchange of this FCP_CMND."""
+    """From the target: ends the exchange of this FCP_CMND, or gives the initiative away for an FCP_CONF."""
     return Frame(
         RCtl.DATA_COMMAND_STATUS,
         cmnd.s_id,
         cmnd.d_id,
         FcType.FCP,
-        F_CTL_RESPONSE,
+        F_CTL_RSP_TO_CONFIRM if rsp.confirm else F_CTL_RESPONSE,
         cmnd.ox_id,
         rx_id,
         seq_id,
         payload=rsp.pack(),
     )
+
+
+def conf_frame(rsp: Frame, seq_id: int) -> Frame:
+    """FCP_CONF, without a payload (FCP-4 9.6): from the initiator, ends the exchange of this FCP_RSP."""
+    return Frame(RCtl.DATA_SOLICITED_CONTROL, rsp.s_id, rsp.d_id, FcType.FCP, F_CTL_CONF, rsp.ox_id, rsp.rx_id, seq_id)

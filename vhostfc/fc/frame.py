@@ -29,7 +29,7 @@ class RCtl(enum.IntEnum):
     DATA_UNCATEGORIZED = 0x00
     DATA_SOLICITED = 0x01  # FCP_DATA
     DATA_UNSOLICITED_CONTROL = 0x02  # CT requests
-    DATA_SOLICITED_CONTROL = 0x03  # CT replies
+    DATA_SOLICITED_CONTROL = 0x03  # CT replies, FCP_CONF
     DATA_DESCRIPTOR = 0x05  # FCP_XFER_RDY
     DATA_UNSOLICITED_COMMAND = 0x06  # FCP_CMND
     DATA_COMMAND_STATUS = 0x07  # FCP_RSP
@@ -74,6 +74,9 @@ F_CTL_REPLY = FCtl.EXCHANGE_RESPONDER | FCtl.LAST_SEQUENCE | FCtl.END_SEQUENCE |
 #: FCP_XFER_RDY gives the initiative away; FCP_RSP, BA_ACC and BA_RJT end the exchange and keep it.
 F_CTL_XFER_RDY = FCtl.EXCHANGE_RESPONDER | FCtl.END_SEQUENCE | FCtl.SEQUENCE_INITIATIVE
 F_CTL_RESPONSE = FCtl.EXCHANGE_RESPONDER | FCtl.LAST_SEQUENCE | FCtl.END_SEQUENCE
+#: An FCP_RSP that asks to be confirmed gives the initiative away; FCP_CONF ends the exchange, from its originator.
+F_CTL_RSP_TO_CONFIRM = F_CTL_XFER_RDY
+F_CTL_CONF = FCtl.LAST_SEQUENCE | FCtl.END_SEQUENCE
 F_CTL_ABTS = FCtl.END_SEQUENCE | FCtl.SEQUENCE_INITIATIVE
 
 
@@ -86,6 +89,10 @@ class Address(enum.IntEnum):
     FABRIC_CONTROLLER = 0xFFFFFD
     F_PORT = 0xFFFFFE
     BROADCAST = 0xFFFFFF
+
+
+#: Domain controllers: the switch with this Domain_ID (FC-FS-4 table 32).
+DOMAIN_CONTROLLER = 0xFFFC00
 
 
 _HEADER = struct.Struct("!B3sB3sB3sBBHHHI")

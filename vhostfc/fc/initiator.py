@@ -15,7 +15,7 @@ from typing import Protocol
 from vhostfc.fc import els
 from vhostfc.fc.bls import abts_frame
 from vhostfc.fc.exchange import Event, Exchange, Timer, Wire
-from vhostfc.fc.fcp import MAX_CDB, FcpCmnd, FcpRsp, FcpXferRdy, ResponseCode, TmFlag, cmnd_frame
+from vhostfc.fc.fcp import MAX_CDB, FcpCmnd, FcpRsp, FcpXferRdy, ResponseCode, TmFlag, cmnd_frame, conf_frame
 from vhostfc.fc.frame import FCtl, Frame, FrameError, RCtl
 from vhostfc.fc.sequence import DataBuffer, data_payload, initiator_data
 from vhostfc.fc.wwn import Wwn
@@ -77,7 +77,7 @@ class Remote(Protocol):
 class FcpExchange(Exchange):
     """One FCP exchange; identity is its only key."""
 
-    __slots__ = ("_initiator", "end", "lun", "number", "payload_size", "state", "timer", "wwpn")
+    __slots__ = ("_initiator", "end", "lun", "number", "payload_size", "sequences", "state", "timer", "wwpn")
 
     def __init__(self, initiator: Initiator, remote: Remote, lun: bytes, number: int) -> None:
         super().__init__(remote.port_id)
@@ -89,6 +89,12 @@ class FcpExchange(Exchange):
         self.state = State.OPEN
         self.end = End.ABORTED
         self.timer: Timer | None = None
+        self.sequences = 0
+
+    def next_seq(self) -> int:
+        """SEQ_ID for another sequence of ours in this exchange."""
+        self.sequences += 1
+        return self.sequences & 0xFF
 
     def receive(self, frame: Frame, now: float) -> None:
         self._initiator.receive(self, frame, now)
@@ -103,7 +109,7 @@ class FcpExchange(Exchange):
 class Command(FcpExchange):
     """A command on its way; data_in_length: bytes that the initiator has room for."""
 
-    __slots__ = ("buffer", "cdb", "data_in_length", "data_out", "done", "sequences")
+    __slots__ = ("buffer", "cdb", "data_in_length", "data_out", "done")
 
     def __init__(
         self,
@@ -121,7 +127,6 @@ class Command(FcpExchange):
         self.data_out = data_out
         self.data_in_length = data_in_length
         self.buffer = DataBuffer(data_in_length)
-        self.sequences = 0
         self.done = done
 
 
@@ -216,6 +221,17 @@ class Initiator:
             self._wire.rest(exchange.ox_id, now)
             self._end(exchange, End.LOST if exchange.state is State.OPEN else exchange.end, now)
 
+    def concise(self, request: els.Rec, s_id: int) -> els.RecAcc | None:
+        """How far an exchange of ours has come, for the port that it is with; None when there is no such one.
+
+        A target asks so when it has lost sight of it (FC-LS-3, REC); what has moved is data-in.
+        """
+        for exchange in self._open:
+            if exchange.ox_id == request.ox_id and exchange.d_id == s_id:
+                moved = exchange.buffer.received if isinstance(exchange, Command) else 0
+                return els.RecAcc(exchange.ox_id, exchange.rx_id, request.s_id, s_id, moved & 0xFFFFFFFF, 0)
+        return None
+
     # ---------------------------------------------------------------- what comes
 
     def receive(self, exchange: FcpExchange, frame: Frame, now: float) -> None:
@@ -227,7 +243,10 @@ class Initiator:
                 case RCtl.DATA_DESCRIPTOR if isinstance(exchange, Command):
                     self._send_burst(exchange, frame, FcpXferRdy.unpack(frame.payload))
                 case RCtl.DATA_COMMAND_STATUS:
-                    self._respond(exchange, FcpRsp.unpack(frame.payload), now)
+                    rsp = FcpRsp.unpack(frame.payload)
+                    if rsp.confirm:
+                        self._wire.send(conf_frame(frame, exchange.next_seq()))
+                    self._respond(exchange, rsp, now)
                 case RCtl.BLS_BA_ACC if exchange.state is State.ABORTING:
                     self._wire.rest(exchange.ox_id, now)
                     self._reinstate_later(exchange, now)
@@ -257,10 +276,10 @@ class Initiator:
         end = wanted.offset + wanted.length
         if end > len(command.data_out):
             raise FrameError(f"FCP_XFER_RDY up to {end} of {len(command.data_out)} bytes")
-        command.sequences += 1
+        seq_id = command.next_seq()
         burst = memoryview(command.data_out)[wanted.offset : end]
         limit = data_payload(command.payload_size)
-        for data in initiator_data(frame, burst, wanted.offset, seq_id=command.sequences & 0xFF, limit=limit):
+        for data in initiator_data(frame, burst, wanted.offset, seq_id=seq_id, limit=limit):
             self._wire.send(data)
 
     def _respond(self, exchange: FcpExchange, rsp: FcpRsp, now: float) -> None:

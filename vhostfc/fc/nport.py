@@ -23,7 +23,7 @@ from vhostfc.fc.fcp import TmFlag
 from vhostfc.fc.frame import Address, FcType, Frame, FrameError, RCtl, els_reply
 from vhostfc.fc.initiator import Command, End, Initiator, Management
 from vhostfc.fc.login import Feature, Login
-from vhostfc.fc.remote import FCP, RemotePort
+from vhostfc.fc.remote import FCP, SERVICES, RemotePort
 from vhostfc.fc.wwn import Wwn
 
 _TRIES = 3
@@ -370,6 +370,11 @@ class NPort:
                 reply = els.RtvAcc(round(self._wire.r_a_tov * 1000), round(self._wire.e_d_tov * 1000)).pack()
             case els.Echo(data):
                 reply = els.Echo(data, els.Els.LS_ACC).pack()
+            case els.Rnid():
+                reply = els.RnidAcc.answer(request, self.wwpn, self.wwnn, els.AssociatedType.HOST).pack()
+            case els.Rec():
+                found = self._initiator.concise(request, frame.s_id) if request.s_id == self.port_id else None
+                reply = found.pack() if found is not None else _UNKNOWN_EXCHANGE.pack()
             case els.Rrq():
                 pass
             case _:
@@ -385,10 +390,12 @@ class NPort:
         return remote.logged_out if remote is not None and remote.logged_in else None
 
 
+_UNKNOWN_EXCHANGE = els.LsRjt(els.Reason.LOGICAL_ERROR, els.Explanation.INVALID_OX_ID_RX_ID)
+
+
 def _image_pair(page: els.PrliPage) -> els.PrliPage:
     """Our side of an image pair: an initiator of FCP, nothing else (FCP-4 6.3)."""
     if page.fc4_type != FCP:
         return els.PrliPage(page.fc4_type, 0x08)  # response code 8: this FC-4 is not here
     flags = els.PrliPage.ESTABLISH | els.PrliPage.EXECUTED
-    services = els.FcpService.INITIATOR | els.FcpService.READ_XFER_RDY_DISABLED
-    return els.PrliPage(FCP, flags, services)
+    return els.PrliPage(FCP, flags, SERVICES)

@@ -20,7 +20,11 @@ from vhostfc.fc.survey import Survey
 from vhostfc.fc.wwn import Wwn
 
 FCP = 0x08
+#: What we are in an image pair: an initiator that confirms FCP_RSPs when asked to.
+SERVICES = els.FcpService.INITIATOR | els.FcpService.READ_XFER_RDY_DISABLED | els.FcpService.CONFIRMED_COMPLETION
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0
+#: How often news may make a look at the units begin anew, before they have to wait for its end.
+_HURRIES = 4
 
 
 class RemoteState(enum.Enum):
@@ -85,6 +89,9 @@ class RemotePort:
         #: In this login we have looked at the units: those that we know are those that are there.
         self._looked = False
         self._survey = Survey(self, wire, initiator, self._surveyed)
+        self._hurried = 0
+        #: There were news during the look that is under way: it is to be followed by another.
+        self._again = False
 
     def __repr__(self) -> str:
         return f"<RemotePort {self.wwpn} {self.port_id:06x}, {self.state.value}>"
@@ -121,6 +128,8 @@ class RemotePort:
             return
         elif self.state is RemoteState.READY:
             self._enter(RemoteState.ADISC, now)
+        elif self.state is RemoteState.SCAN:
+            self._hurry(now)
         elif self.state in (RemoteState.PAUSE, RemoteState.NOT_TARGET):
             self._restart(now)
 
@@ -170,9 +179,19 @@ class RemotePort:
         self._wire.timers.cancel(self._timer)
         self._wire.withdraw(self._exchange, now)
         self._timer = self._exchange = None
-        self._looked = False
+        self._looked = self._again = False
+        self._hurried = 0
         self._survey.stop()
         self._initiator.lose(self.wwpn, now)
+
+    def _hurry(self, now: float) -> None:
+        """News while we look at its units: what we have seen may be old, what we wait for may never come."""
+        if self._hurried == _HURRIES:
+            self._again = True
+            return
+        self._hurried += 1
+        self._survey.stop()
+        self._enter(RemoteState.ADISC, now)
 
     def _enter(self, state: RemoteState, now: float, *, timed: bool = True) -> None:
         self.state = state
@@ -180,8 +199,7 @@ class RemotePort:
             case RemoteState.PLOGI:
                 self._exchange = self._wire.els(self.port_id, Login.plogi(*self._ours).pack(), self._reply, now)
             case RemoteState.PRLI:
-                services = els.FcpService.INITIATOR | els.FcpService.READ_XFER_RDY_DISABLED
-                page = els.PrliPage(FCP, els.PrliPage.ESTABLISH, services)
+                page = els.PrliPage(FCP, els.PrliPage.ESTABLISH, SERVICES)
                 self._exchange = self._wire.els(self.port_id, els.Prli((page,)).pack(), self._reply, now)
             case RemoteState.ADISC:
                 payload = els.Adisc(*self._ours, self._wire.port_id).pack()
@@ -191,6 +209,7 @@ class RemotePort:
             case RemoteState.READY:
                 self.known = self._looked = True
                 self._pause = _FIRST_PAUSE
+                self._hurried = 0
             case RemoteState.PAUSE if timed:
                 self._timer = self._wire.timers.set(now + self._pause, self._retry)
                 self._pause = min(2 * self._pause, _LONGEST_PAUSE)
@@ -245,4 +264,10 @@ class RemotePort:
                 return (adisc.wwpn, adisc.wwnn, adisc.port_id) == (self.wwpn, self.wwnn, self.port_id)
 
     def _surveyed(self, found: bool, now: float) -> None:
-        self._enter(_SUCCESS[RemoteState.SCAN] if found or self._looked else RemoteState.PAUSE, now)
+        if not found and not self._looked:
+            self._enter(RemoteState.PAUSE, now)
+        elif self._again:
+            self._again = False
+            self._enter(RemoteState.ADISC, now)
+        else:
+            self._enter(_SUCCESS[RemoteState.SCAN], now)

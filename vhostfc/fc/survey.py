@@ -74,7 +74,8 @@ class Survey:
         self._initiator = initiator
         self._done = done
         self._timer: Timer | None = None
-        self._running = False
+        self._look = 0  # its number while one is under way, else 0
+        self._looks = 0
         self._quiet = True
         self._room = _FIRST_ROOM
         self._tries = 0
@@ -83,6 +84,10 @@ class Survey:
         self._asked = 0
 
     def begin(self, now: float) -> None:
+        """A new look; what the one before has asked for ends as it may."""
+        self.stop()
+        self._looks += 1
+        self._look = self._looks
         self._tries = 0
         self._report(now)
 
@@ -90,7 +95,7 @@ class Survey:
         """No more of it; `done` is not called."""
         self._wire.timers.cancel(self._timer)
         self._timer = None
-        self._running = False
+        self._look = 0
 
     def forget(self) -> None:
         self.luns = ()
@@ -100,7 +105,6 @@ class Survey:
 
     def _report(self, now: float) -> None:
         self._timer = None
-        self._running = True
         self._initiator.start(
             self._remote,
             bytes(8),
@@ -108,11 +112,11 @@ class Survey:
             now,
             data_in_length=self._room,
             timeout=_TIMEOUT,
-            done=self._reported,
+            done=partial(self._reported, self._look),
         )
 
-    def _reported(self, result: CommandResult, now: float) -> None:
-        if not self._running:  # lost with a login that is history
+    def _reported(self, look: int, result: CommandResult, now: float) -> None:
+        if look != self._look:  # of a look that nobody waits for any more
             return
         self._tries += 1
         if result.end is End.COMPLETE and result.status == 0:
@@ -156,14 +160,14 @@ class Survey:
                 now,
                 data_in_length=_PAGE_ROOM,
                 timeout=_TIMEOUT,
-                done=partial(self._identified, lun),
+                done=partial(self._identified, self._look, lun),
             )
         if not self._asked:
             self.luns, self.names = tuple(self._found), self._found
             self._end(True, now)
 
-    def _identified(self, lun: bytes, result: CommandResult, now: float) -> None:
-        if not self._running:
+    def _identified(self, look: int, lun: bytes, result: CommandResult, now: float) -> None:
+        if look != self._look:
             return
         self._asked -= 1
         if result.end is End.COMPLETE and result.status == 0:
@@ -177,7 +181,7 @@ class Survey:
             self._identify_more(now)
 
     def _end(self, found: bool, now: float) -> None:
-        self._running = False
+        self._look = 0
         self._done(found, now)
 
 

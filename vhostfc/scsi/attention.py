@@ -26,15 +26,21 @@ _PRECEDENCE = {
 _OTHERS = 4
 
 
-class UnitAttentions:
-    """The pending unit attention conditions of every nexus that was ever attached.
+#: Nexuses that are away and known; more than a fabric has ports, fewer than names that one can make up.
+MAX_AWAY = 8192
 
-    What happens while a nexus is away is kept for its return.
+
+class UnitAttentions:
+    """The pending unit attention conditions of every nexus that is attached, and of those that were.
+
+    What happens while a nexus is away is kept for its return, unless so many others left after it that it is
+    forgotten: then it hears POWER ON OCCURRED, which says that anything may have happened.
     """
 
     def __init__(self) -> None:
         self._pending: dict[Nexus, list[Asc]] = {}
         self._attached: set[Nexus] = set()
+        self._away: dict[Nexus, None] = {}  # in the order in which they left
 
     @property
     def nexuses(self) -> frozenset[Nexus]:
@@ -50,6 +56,7 @@ class UnitAttentions:
         Attaching one that is attached is a loss and a return (a login without a logout).
         """
         self._attached.add(nexus)
+        self._away.pop(nexus, None)
         if nexus in self._pending:
             self.establish(Asc.I_T_NEXUS_LOSS_OCCURRED, [nexus])
         else:
@@ -57,7 +64,13 @@ class UnitAttentions:
 
     def detach(self, nexus: Nexus) -> None:
         """The nexus is gone, for now."""
+        if nexus not in self._attached:
+            return
         self._attached.discard(nexus)
+        self._away[nexus] = None
+        if len(self._away) > MAX_AWAY:
+            oldest = next(iter(self._away))
+            del self._away[oldest], self._pending[oldest]
 
     def establish(self, asc: Asc, nexuses: Iterable[Nexus] | None = None, but: Nexus | None = None) -> None:
         """Make a condition pending for these nexuses (None: all that are known) except one."""

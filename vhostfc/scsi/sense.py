@@ -153,6 +153,16 @@ class Sense:
         return struct.pack("!BBH3xB", 0x72, self.key, self.asc, len(body)) + body
 
 
+def attention_in(sense: bytes) -> Asc | None:
+    """The unit attention condition that sense data of ours tell, in either format; None when they tell of none."""
+    if len(sense) < 14 and sense[:1] != b"\x72":
+        return None
+    key, at = (sense[1], 2) if sense[:1] == b"\x72" else (sense[2], 12)
+    if key & 0x0F != SenseKey.UNIT_ATTENTION:
+        return None
+    return Asc(int.from_bytes(sense[at : at + 2], "big"))
+
+
 NO_SENSE = Sense(SenseKey.NO_SENSE, Asc.NO_ADDITIONAL_SENSE_INFORMATION)
 
 
