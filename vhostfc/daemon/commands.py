@@ -32,6 +32,9 @@ _RESPONSE = {
     Outcome.RETRY: virtio.Response.RESET,
     Outcome.TIMED_OUT: virtio.Response.TRANSPORT_FAILURE,
     Outcome.ABORTED: virtio.Response.RESET,
+    Outcome.GIVEN_UP: virtio.Response.ABORTED,
+    Outcome.FAILED: virtio.Response.FAILURE,
+    Outcome.TARGET_FAILED: virtio.Response.TARGET_FAILURE,
 }
 _FUNCTION: dict[int, TaskManagement] = {
     virtio.TmfSubtype.ABORT_TASK: TaskManagement.ABORT_TASK,
