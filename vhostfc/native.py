@@ -204,8 +204,8 @@ class Why(enum.IntEnum):
 class Event:
     """struct vfc_event; which fields mean something depends on the kind.
 
-    ACK: seq, result (0 or -errno), value.  PUNT: handle to data_out.  CONTROL: handle, data_in_length,
-    data_out.  BUFFERS: index.  BROKEN: index, result.  LATCH: value = holder.
+    ACK: seq, result (0 or -errno), value.  PUNT: handle, index, why to data_out.  CONTROL: handle, index,
+    data_in_length, data_out.  BUFFERS: index.  BROKEN: index, result.  LATCH: value = holder.
     lun: 8 bytes as the guest sent them; attribute: virtio's numbers; cdb: 32 bytes, padded with zeros.
     data_in_length: bytes that the guest has room for; data_out: a copy.
     """

@@ -433,6 +433,28 @@ async def test_a_command_at_the_target_is_answered_as_the_function_says(
         assert answers[0].response == response
 
 
+async def test_a_command_whose_ring_has_stopped_does_not_go_on(make: Callable[..., Lab]) -> None:
+    """Its guest has begun anew, perhaps: what it wanted written before must not be written after."""
+    lab = make()
+    async with lab.running():
+        async with ScsiDriver.open(lab.config.socket) as driver, trio.open_nursery() as nursery:
+            await until(lambda: "routed 0" in lab.fabric.said)
+            lab.fabric.hold = True
+            answers: list[Answer] = []
+
+            async def inquire() -> None:
+                answers.append(await driver.command(0, 0, INQUIRY, data_in=36))
+
+            nursery.start_soon(inquire)
+            await until(lambda: lab.fabric.tasks)
+            await driver.stop()
+            assert not lab.fabric.tasks
+            nursery.cancel_scope.cancel()
+        lab.fabric.hold = False
+        async with ScsiDriver.open(lab.config.socket) as driver:
+            assert (await driver.command(0, 0, INQUIRY, data_in=36)).response == Response.OK
+
+
 async def test_a_target_that_does_not_answer_is_no_success(make: Callable[..., Lab]) -> None:
     lab = make()
     lab.fabric.response = TaskManagementResponse.DELIVERY_FAILURE

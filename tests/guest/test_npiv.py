@@ -211,9 +211,13 @@ def test_a_zone_that_closes_and_opens(san: San, guest: NpivGuest, adapter: list[
     assert (answer["response"], answer["status"]) == (0, 0)
 
 
-@pytest.mark.long
+def devices(guest: NpivGuest) -> str:
+    """The SCSI devices as the kernel has them now; one that comes back under its old name has another inode."""
+    return guest.check("stat -L -c '%n %i' /sys/class/scsi_generic/*")
+
+
 def test_a_cable_that_is_pulled_for_longer_than_dev_loss(san: San, guest: NpivGuest, adapter: list[Job]) -> None:
-    before = guest.check("ls /sys/class/scsi_generic")
+    before = devices(guest)
     guest.qmp("set_link", name="cable1", up=False)
     guest.wait("[ $(cat /sys/class/fc_host/host0/port_state) = Linkdown ]")
     await_luns(guest, [], seconds=40)
@@ -224,13 +228,14 @@ def test_a_cable_that_is_pulled_for_longer_than_dev_loss(san: San, guest: NpivGu
         f"bench {guest.socket(1)} --unit 0:1 --rw randrw --bs 4k --iodepth 8 --seconds 1 --runs 1 --warmup 0 --verify"
     )
     assert result["errors"] == 0
-    assert guest.check("ls /sys/class/scsi_generic") != before, "the units are behind other nodes now"
+    after = devices(guest).splitlines()
+    assert len(set(after) & set(before.splitlines())) == 1, "only scsi_debug's is the same"
+    assert len(after) == 3
 
 
-@pytest.mark.long
 def test_a_cable_that_is_pulled_for_a_moment(guest: NpivGuest, adapter: list[Job]) -> None:
     """Shorter than dev_loss: the same units, and a guest that tries again has lost nothing."""
-    before = guest.check("ls /sys/class/scsi_generic")
+    before = devices(guest)
     job = guest.popen(
         f"{guest.python} -m vhostfc bench {guest.socket(1)} --unit 0:1 --rw randrw --bs 4k --iodepth 4 --seconds 12"
         " --runs 1 --warmup 0 --verify --json"
@@ -243,11 +248,10 @@ def test_a_cable_that_is_pulled_for_a_moment(guest: NpivGuest, adapter: list[Job
     assert "verified" in output, f"{output}\n{guest.log(1)}"
     guest.wait("[ $(cat /sys/class/fc_host/host0/port_state) = Online ]")
     await_luns(guest, [0, 1], seconds=60)
-    assert guest.check("ls /sys/class/scsi_generic") == before
+    assert devices(guest) == before
     assert status in {0, 1}
 
 
-@pytest.mark.long
 def test_a_guest_that_leaves_while_its_path_is_lost(guest: NpivGuest, adapter: list[Job]) -> None:
     """Its rings stop at once, with commands that the kernel still has; the next guest's are not overtaken by them."""
     job = guest.popen(
@@ -258,7 +262,7 @@ def test_a_guest_that_leaves_while_its_path_is_lost(guest: NpivGuest, adapter: l
         if guest.status(1)["counters"]["in_flight"]:
             break
     guest.qmp("set_link", name="cable1", up=False)
-    guest.check("sleep 0.5; pkill -9 -f 'vhostfc bench'")
+    guest.check("sleep 0.5; pkill -9 -f '[v]hostfc bench'")
     job.wait(30)
     for _ in range(30):
         if guest.status(1)["front_end"]["state"] == "detached":
@@ -277,7 +281,6 @@ def test_a_guest_that_leaves_while_its_path_is_lost(guest: NpivGuest, adapter: l
 # ---------------------------------------------------------------- lives
 
 
-@pytest.mark.long
 def test_a_killed_adapter_finds_its_vport_again(san: San, guest: NpivGuest, adapter: list[Job]) -> None:
     vport = guest.vport(1)
     port_id = guest.status(1)["port"]["port_id"]
@@ -291,36 +294,34 @@ def test_a_killed_adapter_finds_its_vport_again(san: San, guest: NpivGuest, adap
     await_luns(guest, [0, 1])
 
 
-@pytest.mark.long
 def test_a_vport_that_somebody_deletes_is_made_anew(guest: NpivGuest, adapter: list[Job]) -> None:
     guest.check(f"echo 1 >/sys/class/fc_vports/{guest.vport(1)}/vport_delete")
     guest.wait("grep -q 'the vport is gone' /run/vm1.log", timeout=20)
     await_luns(guest, [0, 1], seconds=60)
 
 
-@pytest.mark.long
 def test_at_the_end_the_vport_is_gone(san: San, guest: NpivGuest, adapter: list[Job]) -> None:
     guest.check("kill $(pgrep -u vhostfc -f 'serve --config /etc/vhostfc/vm1.toml')")
     assert adapter[-1].wait(60)[0] == 0, guest.log(1)
     assert guest.vport(1) is None
     assert {login["wwpn"] for login in san.fabric_status()["logins"]} == {wwpn_of(1)}
-    assert "error" not in guest.log(1).lower().replace("the vport is gone", ""), guest.log(1)
+    told = [line for line in guest.log(1).splitlines() if "the vport is gone" not in line]
+    assert "error" not in "".join(told).lower(), guest.log(1)
 
 
-@pytest.mark.long
 def test_login_without_a_guest(san: San, guest: NpivGuest) -> None:
     """As root: what the SAN team needs before the machine exists."""
-    job = guest.popen(f"{guest.python} -m vhostfc login vm1 --for 8s >/run/login.log 2>&1")
+    job = guest.popen(f"{guest.python} -m vhostfc login vm1 --for 5m >/run/login.log 2>&1")
     san.wait_for(lambda: wwpn(1) in {login["wwpn"] for login in san.fabric_status()["logins"]}, timeout=60)
     guest.wait("[ -S /run/vhostfc/vm1/vhost.control ]")
     seen = guest.vhostfc("ls /run/vhostfc/vm1/vhost.control")
     assert [unit["lun"] for target in seen["targets"] for unit in target["units"]] == [0, 1]
     assert seen["targets"][0]["units"][0]["vendor"] == "VHOSTFC"
+    guest.check("kill $(pgrep -f '[v]hostfc login vm1')")
     assert job.wait(60)[0] == 0, guest.check("cat /run/login.log")
     assert guest.vport(1) is None
 
 
-@pytest.mark.long
 def test_a_host_that_would_use_the_units_is_no_host(guest: NpivGuest) -> None:
     guest.check(f"({guest.python} -m vhostfc setup --undo)")
     assert guest.check("cat /sys/bus/scsi/drivers_autoprobe").strip() == "1"

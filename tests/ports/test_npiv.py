@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 import structlog
 import trio
+import trio.testing
 
 from tests.fakes.array import FakeTarget, FakeUnit
 from tests.fakes.kernel import FakeKernel
@@ -15,6 +17,7 @@ from tests.fc.tiny import Done
 from tests.ports.contract import ME, TUR, lun, path_to, ready, sense, take, take_routed, until_topology
 from vhostfc.errors import LoginRefused
 from vhostfc.fc.wwn import Wwn
+from vhostfc.ports import npiv_commands
 from vhostfc.ports.base import (
     Outcome,
     PortEventKind,
@@ -28,10 +31,12 @@ from vhostfc.ports.npiv import NpivFabric, NpivPort
 from vhostfc.ports.npiv_commands import clamped, result_of
 from vhostfc.ports.npiv_paths import MASK, NpivPath, shares, transfer_limit
 from vhostfc.ports.sg import CHANGER, TAPE, SgOutcome, cdb_of, timeouts
+from vhostfc.ports.sysfs import Lun
 from vhostfc.ports.vport import Parents
 
 ARRAY = Wwn(0x5006_0160_0000_0001)
 UNIT = Unit(ARRAY, lun(0))
+WRITE = bytes([0x2A]) + (8).to_bytes(5, "big") + b"\0" + (1).to_bytes(2, "big") + b"\0"
 LOG = structlog.get_logger()
 
 
@@ -141,7 +146,63 @@ async def test_a_command_in_flight_at_the_loss_may_be_sent_anew(lab: Lab, port: 
         while not any(node.held for node in lab.kernel.nodes.values()):
             await trio.sleep(0.01)
         lab.kernel.lose(lab.vhost, lab.array)  # type: ignore[arg-type]
-    assert results == [ScsiResult(Outcome.RETRY)]
+    assert results == [ScsiResult(Outcome.PATH_LOST)]
+
+
+async def test_a_command_that_the_kernel_keeps_is_answered_without_it(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It keeps its place in the unit's queue, and those behind it do not wait for ever either."""
+    monkeypatch.setattr(npiv_commands, "GRACE", 0.2)
+    lab.array.units[0].queue_depth = 1
+    async with lab.fabric(command_timeout=1.0).login(ME) as port:
+        await ready(port, UNIT)
+        lab.array.units[0].hold = True
+        results: list[ScsiResult] = []
+
+        async def send() -> None:
+            results.append(await port.execute(UNIT, TUR))
+
+        with trio.fail_after(5):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(send)
+                nursery.start_soon(send)
+        assert results == [ScsiResult(Outcome.TIMED_OUT)] * 2
+        assert sum(len(node.held) for node in lab.kernel.nodes.values()) == 1, "the other was never sent"
+        lab.array.units[0].hold = False
+        lab.kernel.release(lab.array)
+        assert await port.execute(UNIT, TUR) == ScsiResult(Outcome.COMPLETE)
+
+
+async def test_a_command_that_opens_its_unit_when_the_port_logs_out(lab: Lab, nursery: trio.Nursery) -> None:
+    opening, gate = trio.Event(), trio.Event()
+    really = lab.kernel.open_units
+    opened: list[int] = []
+    results: list[ScsiResult] = []
+
+    async def slowly(lun: Lun, count: int) -> tuple[list[int], int]:
+        opening.set()
+        await gate.wait()
+        fds, limit = await really(lun, count)
+        opened.extend(fds)
+        return fds, limit
+
+    async with lab.fabric(survey=1000.0, keep=True).login(ME) as port:
+        lab.kernel.open_units = slowly  # type: ignore[method-assign]
+
+        async def send() -> None:
+            results.append(await port.execute(UNIT, TUR))
+
+        nursery.start_soon(send)
+        await opening.wait()
+    gate.set()
+    with trio.fail_after(5):
+        while not results:
+            await trio.sleep(0.01)
+    assert results == [ScsiResult(Outcome.PATH_LOST)]
+    for fd in opened:
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(fd)
 
 
 # ---------------------------------------------------------------- task management
@@ -161,6 +222,75 @@ async def test_an_abort_that_cannot_be_is_rejected(lab: Lab, port: NpivPort, nur
     assert answer is TaskManagementResponse.FUNCTION_REJECTED
     assert await port.manage(UNIT, TaskManagement.QUERY_TASK, tag=5) is TaskManagementResponse.FUNCTION_SUCCEEDED
     lab.kernel.release(lab.array)
+
+
+@pytest.mark.parametrize("how", ["abort", "abort set", "reset of the target", "its ring has stopped"])
+async def test_a_write_that_waits_for_its_path_and_is_ended_never_lands(
+    lab: Lab, port: NpivPort, nursery: trio.Nursery, how: str
+) -> None:
+    await ready(port, UNIT)
+    lab.kernel.lose(lab.vhost, lab.array)  # type: ignore[arg-type]
+    await until(port, lambda: state(port) is RemotePortState.BLOCKED)
+    results: list[ScsiResult] = []
+    scope = trio.CancelScope()
+
+    async def send() -> None:
+        with scope:
+            results.append(await port.execute(UNIT, WRITE, data_out=b"O" * 512, tag=5))
+
+    nursery.start_soon(send)
+    await trio.testing.wait_all_tasks_blocked()
+    match how:
+        case "abort":
+            answer = await port.manage(UNIT, TaskManagement.ABORT_TASK, tag=5)
+            assert answer is TaskManagementResponse.FUNCTION_COMPLETE
+        case "abort set":
+            answer = await port.manage(UNIT, TaskManagement.ABORT_TASK_SET)
+            assert answer is TaskManagementResponse.FUNCTION_COMPLETE
+        case "reset of the target":
+            lab.kernel.back(lab.vhost, lab.array)  # type: ignore[arg-type]
+            await port._commands._end_all([UNIT], _true)
+        case _:
+            scope.cancel()
+    lab.kernel.back(lab.vhost, lab.array)  # type: ignore[arg-type]
+    await until(port, lambda: state(port) is RemotePortState.ONLINE)
+    await ready(port, UNIT)
+    assert results in ([ScsiResult(Outcome.ABORTED)], [])
+    assert b"O" not in lab.array.units[0].data
+
+
+async def _true() -> bool:
+    await trio.lowlevel.checkpoint()
+    return True
+
+
+async def test_another_guests_tag_is_not_the_surveys(lab: Lab, port: NpivPort) -> None:
+    assert await port.manage(UNIT, TaskManagement.QUERY_TASK_SET) is TaskManagementResponse.FUNCTION_COMPLETE
+
+
+async def test_a_reset_of_a_unit_that_is_never_idle_is_done(lab: Lab, port: NpivPort) -> None:
+    """What comes meanwhile waits."""
+    await ready(port, UNIT)
+    sent = 0
+
+    async def busy() -> None:
+        nonlocal sent
+        while True:
+            await port.execute(UNIT, TUR, tag=9)
+            sent += 1
+
+    async with trio.open_nursery() as nursery:
+        for _ in range(4):
+            nursery.start_soon(busy)
+        while sent < 20:
+            await trio.sleep(0.01)
+        for function in (TaskManagement.LOGICAL_UNIT_RESET, TaskManagement.I_T_NEXUS_RESET):
+            before = sent
+            with trio.fail_after(5):
+                assert await port.manage(UNIT, function) is TaskManagementResponse.FUNCTION_COMPLETE
+                while sent < before + 20:
+                    await trio.sleep(0.01)
+        nursery.cancel_scope.cancel()
 
 
 async def test_a_reset_ends_what_is_in_flight_first(lab: Lab, port: NpivPort) -> None:
@@ -309,20 +439,45 @@ def test_a_cdb_is_as_long_as_its_opcode_says(padded: str, length: int) -> None:
         (0x02, Outcome.COMPLETE, 8),
         (0x03, Outcome.TIMED_OUT, 0),
         (0x04, Outcome.NO_TARGET, 0),
-        (0x05, Outcome.ABORTED, 0),
-        (0x07, Outcome.RETRY, 0),
+        (0x05, Outcome.GIVEN_UP, 0),
+        (0x06, Outcome.FAILED, 0),
+        (0x07, Outcome.FAILED, 0),
         (0x08, Outcome.ABORTED, 0),
         (0x0D, Outcome.COMPLETE, 8),
         (0x0E, Outcome.PATH_LOST, 0),
         (0x0F, Outcome.PATH_LOST, 0),
+        (0x10, Outcome.TARGET_FAILED, 0),
         (0x11, Outcome.COMPLETE, 0x18),
+        (0x12, Outcome.FAILED, 0),
+        (0x13, Outcome.FAILED, 0),
         (0x14, Outcome.PATH_LOST, 0),
-        (0x55, Outcome.RETRY, 0),
+        (0x55, Outcome.FAILED, 0),
     ],
 )
 def test_what_the_kernel_says_becomes_an_outcome(host_status: int, outcome: Outcome, status: int) -> None:
     result = result_of(SgOutcome(0, host_status, 0, b"", b"", 0), 512)
     assert (result.outcome, result.status) == (outcome, status)
+
+
+@pytest.mark.parametrize("host_status", [0x06, 0x07])
+def test_an_error_while_the_remote_port_is_away_is_its_paths(host_status: int) -> None:
+    result = result_of(SgOutcome(0, host_status, 0, b"", b"", 0), 512, online=False)
+    assert result == ScsiResult(Outcome.PATH_LOST)
+
+
+@pytest.mark.parametrize(
+    ("driver_status", "status", "outcome"),
+    [
+        (0x06, 0, Outcome.TIMED_OUT),  # DRIVER_TIMEOUT, before Linux 5.14: nothing else says that it failed
+        (0x16, 0, Outcome.TIMED_OUT),  # with advice
+        (0x04, 0, Outcome.FAILED),  # DRIVER_ERROR
+        (0x08, 0, Outcome.COMPLETE),  # DRIVER_SENSE
+        (0x08, 2, Outcome.COMPLETE),
+        (0x06, 2, Outcome.COMPLETE),
+    ],
+)
+def test_what_only_the_driver_status_tells(driver_status: int, status: int, outcome: Outcome) -> None:
+    assert result_of(SgOutcome(status, 0, driver_status, b"", b"", 0), 512).outcome is outcome
 
 
 # ---------------------------------------------------------------- changes

@@ -9,6 +9,7 @@ the workers (so that its completion is in the guest's used ring), and is answere
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import structlog
 import trio
@@ -32,6 +33,9 @@ _RESPONSE = {
     Outcome.RETRY: virtio.Response.RESET,
     Outcome.TIMED_OUT: virtio.Response.TRANSPORT_FAILURE,
     Outcome.ABORTED: virtio.Response.RESET,
+    Outcome.GIVEN_UP: virtio.Response.ABORTED,
+    Outcome.FAILED: virtio.Response.FAILURE,
+    Outcome.TARGET_FAILED: virtio.Response.TARGET_FAILURE,
 }
 _FUNCTION: dict[int, TaskManagement] = {
     virtio.TmfSubtype.ABORT_TASK: TaskManagement.ABORT_TASK,
@@ -90,6 +94,15 @@ def _means(match: Match, event: Event) -> bool:
     )
 
 
+@dataclass(eq=False, slots=True)
+class _Punt:
+    """A command on its way through punt()."""
+
+    event: Event
+    unit: Unit
+    scope: trio.CancelScope = field(default_factory=trio.CancelScope)
+
+
 class Commands:
     """See the head of the file.  `look_again` is called when the guest's own REPORT LUNS shows a change."""
 
@@ -106,7 +119,7 @@ class Commands:
         self._units = units
         self._look_again = look_again
         self._log = log
-        self._running: dict[int, tuple[Event, Unit]] = {}
+        self._running: dict[int, _Punt] = {}
         self._ending: list[Match] = []
 
     # ------------------------------------------------------------ commands
@@ -129,21 +142,31 @@ class Commands:
         if unit is None or self.port is None:
             result = ScsiResult(Outcome.NO_TARGET)
         else:
-            self._running[event.handle] = event, unit
+            punt = self._running[event.handle] = _Punt(event, unit)
             try:
-                result = await self.port.execute(
-                    unit,
-                    virtio.cdb_of(event.cdb),
-                    data_out=event.data_out,
-                    data_in=event.data_in_length,
-                    attribute=FCP_ATTRIBUTE.get(event.attribute, 0),
-                    tag=event.tag,
-                )
+                with punt.scope:
+                    result = await self.port.execute(
+                        unit,
+                        virtio.cdb_of(event.cdb),
+                        data_out=event.data_out,
+                        data_in=event.data_in_length,
+                        attribute=FCP_ATTRIBUTE.get(event.attribute, 0),
+                        tag=event.tag,
+                    )
             finally:
                 del self._running[event.handle]
+            if punt.scope.cancelled_caught:
+                return
         self._workers.reply(event, result, self._response(event, result))
         if unit is not None and event.cdb[0] == REPORT_LUNS and result.outcome is Outcome.COMPLETE:
             self._compare(event.target, result.data_in)
+
+    async def ring_stopped(self, index: int | None) -> None:
+        """The workers have answered all commands of a ring, None: of every ring: none of them may run any more."""
+        await trio.lowlevel.checkpoint()  # punts that were told of before the ring stopped have begun
+        for punt in self._running.values():
+            if index is None or punt.event.index == index:
+                punt.scope.cancel()
 
     def _response(self, event: Event, result: ScsiResult) -> int:
         """As response_of(), but a command that a function has ended is answered as that function says."""
@@ -214,9 +237,9 @@ class Commands:
         if response is TaskManagementResponse.FUNCTION_COMPLETE:
             ended = await self._workers.abort(match)
             await trio.lowlevel.checkpoint()  # punts that were told of before the workers answered have begun
-            for event, late in [(e, u) for e, u in self._running.values() if _means(match, e)]:
+            for late in [punt for punt in self._running.values() if _means(match, punt.event)]:
                 # They were answered there, on their way here: now they must not run at the target either.
-                last = await port.manage(late, TaskManagement.ABORT_TASK, tag=event.tag)
+                last = await port.manage(late.unit, TaskManagement.ABORT_TASK, tag=late.event.tag)
                 if last is not TaskManagementResponse.FUNCTION_COMPLETE:
                     response = last
             self._log.info(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Awaitable, Callable
 
 import structlog
 import trio
@@ -52,6 +53,7 @@ class GuestSide:
 
     held: each time that a driver begins, its commands wait in its rings until let_run(): what it looks for is
     not there yet.  The front end does not wait with them.
+    stopped: is told of each ring that has stopped, None: of all.
     """
 
     def __init__(
@@ -61,12 +63,14 @@ class GuestSide:
         drain_timeout: float,
         log: structlog.typing.FilteringBoundLogger,
         held: bool = False,
+        stopped: Callable[[int | None], Awaitable[None]] | None = None,
     ) -> None:
         self.active = trio.Event()
         self.inactive = trio.Event()
         self.inactive.set()
         self._workers = workers
         self._drain_timeout = drain_timeout
+        self._stopped = stopped
         self._log = log
         self._session: Session | None = None
         self._peer = ""
@@ -165,11 +169,16 @@ class GuestSide:
                 await self._workers.set_err(index, fd)
             case StopRing(index):
                 self._waiting.discard(index)
-                session.ring_stopped(index, await self._workers.stop_ring(index, self._time_to_drain()))
+                base = await self._workers.stop_ring(index, self._time_to_drain())
+                if self._stopped is not None:
+                    await self._stopped(index)
+                session.ring_stopped(index, base)
             case ResetDevice():
                 self._driven = False
                 self._events.clear()
                 await self._workers.reset()
+                if self._stopped is not None:
+                    await self._stopped(None)
             case Close(fds):
                 close_fds(fds)
 

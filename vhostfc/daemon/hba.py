@@ -103,7 +103,13 @@ class Adapter:
             log=log,
         )
         self.commands = Commands(workers=workers, units=self.units, look_again=self._look_again, log=log)
-        self.guest = GuestSide(workers, drain_timeout=config.drain_timeout, log=log, held=config.login == "start")
+        self.guest = GuestSide(
+            workers,
+            drain_timeout=config.drain_timeout,
+            log=log,
+            held=config.login == "start",
+            stopped=self.commands.ring_stopped,
+        )
         workers.attach(
             nursery,
             punt=self.commands.punt,

@@ -112,6 +112,9 @@ class Outcome(enum.Enum):
     RETRY = "retry"  # lost with the path, and not run again by us: the guest may send it anew
     TIMED_OUT = "timed out"  # aborted by us after its time
     ABORTED = "aborted"  # ended by a task management function or a reset
+    GIVEN_UP = "given up"  # by the host's own driver, for reasons of its own
+    FAILED = "failed"  # the host could not carry it out; what became of it at the device is unknown
+    TARGET_FAILED = "target failed"  # the target is broken, on all paths
 
 
 @dataclass(frozen=True, slots=True)

@@ -297,6 +297,13 @@ class NpivPort:
     def state_of(self, wwpn: Wwn) -> RemotePortState | None:
         return next((remote.state for remote in self._topology.remote_ports if remote.wwpn == wwpn), None)
 
+    def is_online(self, wwpn: Wwn) -> bool:
+        """By what sysfs says now, which may not be in the topology yet."""
+        rport = self._rports.get(wwpn)
+        return rport is not None and (
+            self._sysfs.text(self._sysfs.of_class("fc_remote_ports") / rport.name / "port_state") == "Online"
+        )
+
     def units_of(self, wwpn: Wwn) -> Iterable[Unit]:
         return [unit for unit in self._luns if unit.wwpn == wwpn]
 

@@ -1,14 +1,21 @@
 """Commands and task management of a vport, from here: what the workers do not send themselves.
 
 What they send and what is sent here goes to the same /dev/sgN.  Linux takes no command back and has but one task
-management function to offer, so of the others only those are done that come true: nothing of a unit is under way, so
-there is nothing to abort; or it is, and the function is rejected, so that the guest resets the unit instead.
+management function to offer, so of the others only those are done that come true: what has not been sent yet is not
+sent any more; nothing of a unit is under way, so there is nothing to abort; or it is, and the function is rejected, so
+that the guest resets the unit instead.
+
+What the kernel does not give back in its time is answered without it.  It keeps its place in the unit's queue until it
+is given back: what is sent must never wait in the kernel for room.
 """
 
 from __future__ import annotations
 
+import errno
+import math
 from collections.abc import Awaitable, Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Protocol
 
 import structlog
@@ -30,7 +37,7 @@ from vhostfc.ports.kernel import (
     SG_SCSI_RESET_TARGET,
     Kernel,
 )
-from vhostfc.ports.npiv_paths import Paths, shares, transfer_limit
+from vhostfc.ports.npiv_paths import GRACE, Paths, shares, transfer_limit
 from vhostfc.ports.sysfs import Lun
 
 INQUIRY, READ_CAPACITY_10, SERVICE_ACTION_IN_16, REPORT_LUNS = 0x12, 0x25, 0x9E, 0xA0
@@ -47,18 +54,23 @@ PATIENCE = 1.0
 #: And after a reset for those that the kernel ends.
 AFTER_RESET = 10.0
 _LOOK = 0.01
+#: The tag of commands that no guest has sent.
+NO_TAG = -1
 
-#: host_status of struct sg_io_hdr, in the seam's words; what is not here is RETRY.
+#: host_status of struct sg_io_hdr, in the seam's words; what is not here is FAILED.
 _OUTCOMES = {
     0x01: Outcome.PATH_LOST,  # DID_NO_CONNECT
     0x03: Outcome.TIMED_OUT,  # DID_TIME_OUT
     0x04: Outcome.NO_TARGET,  # DID_BAD_TARGET
-    0x05: Outcome.ABORTED,  # DID_ABORT
+    0x05: Outcome.GIVEN_UP,  # DID_ABORT
     0x08: Outcome.ABORTED,  # DID_RESET
     0x0E: Outcome.PATH_LOST,  # DID_TRANSPORT_DISRUPTED
     0x0F: Outcome.PATH_LOST,  # DID_TRANSPORT_FAILFAST
+    0x10: Outcome.TARGET_FAILED,  # DID_TARGET_FAILURE, before Linux 5.17
     0x14: Outcome.PATH_LOST,  # DID_TRANSPORT_MARGINAL
 }
+#: What fcoe says of commands that were under way when the port was logged out, among other things.
+_PARITY, _ERROR = 0x06, 0x07
 _STATUSES = {
     0x02: SAM_BUSY,  # DID_BUS_BUSY
     0x0B: SAM_BUSY,  # DID_SOFT_ERROR
@@ -68,12 +80,24 @@ _STATUSES = {
 }
 
 
-def result_of(outcome: sg.SgOutcome, length: int) -> ScsiResult:
-    """The end of a command as the seam has it."""
+#: driver_status, before Linux 5.14: DRIVER_TIMEOUT; and DRIVER_SENSE, which is no failure.  The high bits are advice.
+_DRIVER_TIMEOUT, _DRIVER_SENSE, _DRIVER_MASK = 0x06, 0x08, 0x0F
+#: write(2) of a command: the kernel has no room for it now; and there cannot be such a command here.
+_NO_ROOM = frozenset({errno.EAGAIN, errno.ENOMEM, errno.EBUSY, errno.EDOM})
+_IMPOSSIBLE = frozenset({errno.EINVAL, errno.EIO, errno.E2BIG})
+
+
+def result_of(outcome: sg.SgOutcome, length: int, *, online: bool = True) -> ScsiResult:
+    """The end of a command as the seam has it.  online: its remote port still is."""
     if outcome.host_status in _STATUSES:
         return ScsiResult(Outcome.COMPLETE, _STATUSES[outcome.host_status], residual=length)
+    if outcome.host_status in {_PARITY, _ERROR} and not online:
+        return ScsiResult(Outcome.PATH_LOST)
     if outcome.host_status:
-        return ScsiResult(_OUTCOMES.get(outcome.host_status, Outcome.RETRY))
+        return ScsiResult(_OUTCOMES.get(outcome.host_status, Outcome.FAILED))
+    driver = outcome.driver_status & _DRIVER_MASK
+    if outcome.status == 0 and driver not in {0, _DRIVER_SENSE}:
+        return ScsiResult(Outcome.TIMED_OUT if driver == _DRIVER_TIMEOUT else Outcome.FAILED)
     return ScsiResult(
         Outcome.COMPLETE, outcome.status, outcome.sense, data_in=outcome.data_in, residual=outcome.residual
     )
@@ -88,11 +112,37 @@ class View(Protocol):
 
     def state_of(self, wwpn: Wwn) -> RemotePortState | None: ...
 
+    def is_online(self, wwpn: Wwn) -> bool:
+        """Is a remote port, by what the kernel says at this moment?"""
+        ...
+
     def units_of(self, wwpn: Wwn) -> Iterable[Unit]: ...
 
     async def changed(self) -> None:
         """Wait for the next change of the topology."""
         ...
+
+
+class _Ended(Exception):
+    """A function has ended the command before it was sent."""
+
+
+@dataclass(eq=False)
+class _Task:
+    """A command on its way through execute().  call: what the kernel has of it, None before it is sent."""
+
+    unit: Unit
+    tag: int
+    call: sg.Call | None = None
+    ended: bool = False
+    scope: trio.CancelScope = field(default_factory=trio.CancelScope)
+    returned: trio.Event = field(default_factory=trio.Event)
+
+    def end(self) -> None:
+        """If it has not been sent it will not be."""
+        if self.call is None:
+            self.ended = True
+            self.scope.cancel()
 
 
 @dataclass(eq=False)
@@ -128,9 +178,11 @@ class Commands:
         self._serve = serve
         self._log = log
         self._places: dict[Unit, _Place] = {}
+        self._files: list[tuple[Unit, sg.SgFile]] = []
         self._opening = trio.Lock()
         self._host_room = trio.CapacityLimiter(32)
-        self._tags: dict[Unit, list[int]] = {}
+        self._tasks: dict[_Task, None] = {}
+        self._closed = False
         self.segments = 128
 
     def set_host(self, can_queue: int, segments: int) -> None:
@@ -146,11 +198,25 @@ class Commands:
         data_out: bytes = b"",
         data_in: int = 0,
         *,
-        tag: int = 0,
+        tag: int = NO_TAG,
         timeout: float | None = None,
     ) -> ScsiResult:
         """See the seam.  A command that has been sent is not sent again, whatever becomes of it."""
-        cdb = sg.cdb_of(cdb)
+        task = _Task(unit, tag)
+        self._tasks[task] = None
+        try:
+            with task.scope:
+                return await self._execute(task, sg.cdb_of(cdb), data_out, data_in, timeout)
+            return ScsiResult(Outcome.ABORTED)
+        finally:
+            del self._tasks[task]
+            task.returned.set()
+
+    async def _execute(
+        self, task: _Task, cdb: bytes, data_out: bytes, data_in: int, timeout: float | None
+    ) -> ScsiResult:
+        unit, length = task.unit, max(len(data_out), data_in)
+        await self._paths.free(unit)
         with trio.move_on_after(self._hold) as late:
             while self._view.state_of(unit.wwpn) is RemotePortState.BLOCKED:
                 await self._view.changed()
@@ -165,34 +231,53 @@ class Commands:
             return _nobody(cdb, data_in)
         try:
             place = await self._place(target)
-        except OSError as error:
-            self._log.error("cannot open a unit", unit=str(target), reason=f"{error.filename}: {error.strerror}")
-            return ScsiResult(Outcome.PATH_LOST)
-        if place is None:
-            return ScsiResult(Outcome.NO_TARGET)
-        return await self._run(target, place, cdb, data_out, data_in, tag, timeout)
-
-    async def _run(
-        self, unit: Unit, place: _Place, cdb: bytes, data_out: bytes, data_in: int, tag: int, timeout: float | None
-    ) -> ScsiResult:
-        if max(len(data_out), data_in) > place.limit:
-            return ScsiResult(Outcome.COMPLETE, 2, INVALID_FIELD, residual=max(len(data_out), data_in))
-        if timeout is None:
-            timeout = sg.timeouts(place.lun.type, self._timeout)[cdb[0]]
-        tags = self._tags.setdefault(unit, [])
-        tags.append(tag)
-        try:
-            async with place.room, self._host_room:
-                outcome = await place.file.run(cdb, data_out=data_out, data_in=data_in, timeout=timeout)
+            if place is None:
+                return ScsiResult(Outcome.NO_TARGET)
+            if length > place.limit:
+                return ScsiResult(Outcome.COMPLETE, 2, INVALID_FIELD, residual=length)
+            if timeout is None:
+                timeout = sg.timeouts(place.lun.type, self._timeout)[cdb[0]]
+            with trio.move_on_after(timeout + GRACE):
+                outcome = await self._send(task, place, cdb, data_out, data_in, timeout)
+                result = result_of(outcome, length, online=outcome.host_status == 0 or self._view.is_online(unit.wwpn))
+                return self._seen(place, cdb, result) if result.status == 0 else result
+            self._log.warning("the kernel does not give commands back", unit=str(target), opcode=cdb[0])
+            return ScsiResult(Outcome.TIMED_OUT)
+        except _Ended:
+            return ScsiResult(Outcome.ABORTED)
         except sg.SgGone:
             return ScsiResult(Outcome.PATH_LOST)
         except OSError as error:
-            self._log.warning("a command was not taken", unit=str(unit), opcode=cdb[0], reason=error.strerror)
-            return ScsiResult(Outcome.COMPLETE, SAM_BUSY, residual=max(len(data_out), data_in))
-        finally:
-            tags.remove(tag)
-        result = result_of(outcome, max(len(data_out), data_in))
-        return self._seen(place, cdb, result) if result.status == 0 else result
+            self._log.warning("a command was not taken", unit=str(target), opcode=cdb[0], reason=error.strerror)
+            if error.errno in _NO_ROOM:
+                return ScsiResult(Outcome.COMPLETE, SAM_BUSY, residual=length)
+            if error.errno in _IMPOSSIBLE:
+                return ScsiResult(Outcome.COMPLETE, 2, INVALID_FIELD, residual=length)
+            return ScsiResult(Outcome.FAILED)
+
+    async def _send(
+        self, task: _Task, place: _Place, cdb: bytes, data_out: bytes, data_in: int, timeout: float
+    ) -> sg.SgOutcome:
+        """In a place of the unit's queue and of the host's, which the command has until the kernel gives it back."""
+        await place.room.acquire_on_behalf_of(task)
+        try:
+            await self._host_room.acquire_on_behalf_of(task)
+        except BaseException:
+            place.room.release_on_behalf_of(task)
+            raise
+
+        def ended() -> None:
+            self._host_room.release_on_behalf_of(task)
+            place.room.release_on_behalf_of(task)
+
+        try:
+            if task.ended:
+                raise _Ended
+            task.call = place.file.submit(cdb, data_out=data_out, data_in=data_in, timeout=timeout, ended=ended)
+        except BaseException:
+            ended()
+            raise
+        return await task.call.wait()
 
     def _addressed(self, unit: Unit, cdb: bytes) -> Unit | None:
         """The unit that takes the command: for REPORT LUNS any of the target will do (SPC-5 6.33)."""
@@ -204,19 +289,29 @@ class Commands:
         return None
 
     async def _place(self, unit: Unit) -> _Place | None:
+        """Raises SgGone when the unit cannot be opened, or the port is logged out."""
         async with self._opening:
             lun = self._view.lun_of(unit)
             if lun is None or not unit.is_disk(lun.disk):
                 return None
             place = self._places.get(unit)
-            if place is not None and place.file.fd >= 0 and (place.lun.hctl, place.lun.sg) == (lun.hctl, lun.sg):
+            if place is not None and not place.file.closed and (place.lun.hctl, place.lun.sg) == (lun.hctl, lun.sg):
                 place.room.total_tokens = shares(lun.queue_depth)[1]
                 return place
             if place is not None:
                 place.file.close()
-            (fd,), limit = await self._kernel.open_units(lun, 1)
+            try:
+                (fd,), limit = await self._kernel.open_units(lun, 1)
+            except OSError as error:
+                self._log.error("cannot open a unit", unit=str(unit), reason=f"{error.filename}: {error.strerror}")
+                raise sg.SgGone(error.errno, error.strerror) from error
             file = sg.SgFile(fd)
+            if self._closed:
+                file.close()
+                raise sg.SgGone(errno.ENODEV, "the port is logged out")
             self._serve(file.serve)
+            self._files = [(one, other) for one, other in self._files if not other.closed or other.in_flight]
+            self._files.append((unit, file))
             room = trio.CapacityLimiter(shares(lun.queue_depth)[1])
             place = _Place(lun, file, transfer_limit(limit, self.segments), room)
             self._places[unit] = place
@@ -231,6 +326,7 @@ class Commands:
                 del self._places[unit]
 
     def close(self) -> None:
+        self._closed = True
         for place in self._places.values():
             place.file.close()
         self._places.clear()
@@ -261,40 +357,70 @@ class Commands:
         lun = self._view.lun_of(unit)
         if lun is None:
             return TaskManagementResponse.INCORRECT_LUN
+        tasks = [task for task in self._tasks if task.unit == unit and task.tag != NO_TAG]
         match function:
             case TaskManagement.QUERY_TASK | TaskManagement.QUERY_TASK_SET:
-                tags = self._tags.get(unit, [])
-                found = bool(tags) if tag is None or function is TaskManagement.QUERY_TASK_SET else tag in tags
+                found = any(function is TaskManagement.QUERY_TASK_SET or task.tag == tag for task in tasks)
                 return TaskManagementResponse.FUNCTION_SUCCEEDED if found else TaskManagementResponse.FUNCTION_COMPLETE
-            case TaskManagement.ABORT_TASK | TaskManagement.ABORT_TASK_SET:
+            case TaskManagement.ABORT_TASK:
+                return await self._abort(unit, [task for task in tasks if task.tag == tag])
+            case TaskManagement.ABORT_TASK_SET:
+                for task in tasks:
+                    task.end()
                 if await self._quiet([unit], PATIENCE):
                     return TaskManagementResponse.FUNCTION_COMPLETE
                 return TaskManagementResponse.FUNCTION_REJECTED
             case TaskManagement.LOGICAL_UNIT_RESET:
                 if state is not RemotePortState.ONLINE:  # the kernel would wait for dev_loss_tmo
                     return TaskManagementResponse.DELIVERY_FAILURE
-                if await self._reset(lun, SG_SCSI_RESET_DEVICE) and await self._quiet([unit], AFTER_RESET):
-                    return TaskManagementResponse.FUNCTION_COMPLETE
-                return TaskManagementResponse.DELIVERY_FAILURE
+                return await self._end_all([unit], partial(self._reset, lun, SG_SCSI_RESET_DEVICE))
             case _:
                 return TaskManagementResponse.FUNCTION_REJECTED
 
+    async def _abort(self, unit: Unit, tasks: list[_Task]) -> TaskManagementResponse:
+        """These; or the one that is not known here: then the workers may have sent it, who cannot tell theirs apart."""
+        for task in tasks:
+            task.end()
+        if not tasks:
+            done = await self._quiet([unit], PATIENCE)
+        else:
+            with trio.move_on_after(PATIENCE) as late:
+                for task in tasks:
+                    await task.returned.wait()
+            done = not late.cancelled_caught
+        return TaskManagementResponse.FUNCTION_COMPLETE if done else TaskManagementResponse.FUNCTION_REJECTED
+
     async def _reset_target(self, wwpn: Wwn) -> TaskManagementResponse:
         """All of the target's units, by the driver's target reset, or one by one where it has none."""
-        units = list(self._view.units_of(wwpn))
         if self._view.state_of(wwpn) is not RemotePortState.ONLINE:
             return TaskManagementResponse.DELIVERY_FAILURE
+        units = list(self._view.units_of(wwpn))
         luns = [lun for lun in map(self._view.lun_of, units) if lun is not None]
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._paths.hold, units)
+
+        async def reset() -> bool:
             done = True
             if luns and not await self._reset(luns[0], SG_SCSI_RESET_TARGET):
                 for lun in luns:
                     done &= await self._reset(lun, SG_SCSI_RESET_DEVICE)
+            return done
+
+        return await self._end_all(units, reset)
+
+    async def _end_all(self, units: list[Unit], reset: Callable[[], Awaitable[bool]]) -> TaskManagementResponse:
+        """A reset of these units.  What comes meanwhile waits: what is under way then is what the reset is about."""
+        for task in self._tasks:
+            if task.unit in units:
+                task.end()
+        self._paths.take(units)
         try:
-            done &= await self._quiet(units, AFTER_RESET)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._paths.hold, units)
+                done = await reset()
+                nursery.cancel_scope.deadline = trio.current_time() + AFTER_RESET if done else -math.inf
+            done = done and await self._quiet(units, AFTER_RESET)
         finally:
-            await self._paths.release(units)
+            with trio.CancelScope(shield=True):
+                await self._paths.release(units)
         return TaskManagementResponse.FUNCTION_COMPLETE if done else TaskManagementResponse.DELIVERY_FAILURE
 
     async def _reset(self, lun: Lun, level: int) -> bool:
@@ -310,7 +436,9 @@ class Commands:
         """Wait until the kernel has no command of these units any more."""
         units = list(units)
         with trio.move_on_after(patience):
-            while any(self._tags.get(unit) or self._paths.in_flight(unit) for unit in units):
+            while any(file.in_flight for unit, file in self._files if unit in units) or any(
+                self._paths.in_flight(unit) for unit in units
+            ):
                 await trio.sleep(_LOOK)
             return True
         return False

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections import Counter
 from collections.abc import Callable, Collection
 
 import structlog
@@ -74,7 +75,8 @@ class Paths:
         self._host = sg.Credits(1)
         self._segments = 128
         self._one_at_a_time = trio.Lock()
-        self._held: set[bytes] = set()
+        self._held: Counter[Unit] = Counter()
+        self._freed = trio.Event()
 
     def set_host(self, can_queue: int, segments: int) -> None:
         """What the vport's SCSI host takes; a quarter, 32 at most, is kept for commands from here."""
@@ -118,7 +120,7 @@ class Paths:
                     path.lun = path.gauge = None
                     path.end()
                     continue
-                lun = None if path.unit.wwpn.pack() in self._held else self._reachable(path.unit)
+                lun = None if self._held[path.unit] else self._reachable(path.unit)
                 before = path.lun
                 if before is not None and (lun is None or (lun.hctl, lun.sg) != (before.hctl, before.sg)):
                     path.lun = path.gauge = None
@@ -184,11 +186,14 @@ class Paths:
         path.gauge = medium.gauge(depth)
         return Route(mask=MASK, medium=medium)
 
+    def take(self, units: Collection[Unit]) -> None:
+        """From here to release() no route of these units is opened; several may have taken one."""
+        self._held.update(units)
+
     async def hold(self, units: Collection[Unit]) -> None:
-        """Close these units' routes until release(); returns when that is in force."""
+        """Close the routes of units that were taken; returns when that is in force."""
         waiting = []
         async with self._one_at_a_time:
-            self._held |= {unit.wwpn.pack() for unit in units}
             for path in self._paths:
                 if path.unit in units and path.lun is not None:
                     closed = trio.Event()
@@ -199,8 +204,16 @@ class Paths:
             await closed.wait()
 
     async def release(self, units: Collection[Unit]) -> None:
-        self._held -= {unit.wwpn.pack() for unit in units}
+        self._held.subtract(units)
+        self._held = +self._held
+        self._freed.set()
+        self._freed = trio.Event()
         await self.look_again()
+
+    async def free(self, unit: Unit) -> None:
+        """Wait until nobody has taken the unit."""
+        while self._held[unit]:
+            await self._freed.wait()
 
     def end_all(self) -> None:
         """The port is logged out: every path ends."""

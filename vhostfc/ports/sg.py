@@ -1,15 +1,15 @@
 """Units behind /dev/sgN: what the workers' routes lead to, and single commands from here.
 
-The C side is native/hba.h.  A SgFile is one open file with up to 16 commands on their way; each is awaited.
-The kernel cannot take a command back: one whose waiter has left stays until it ends or the file is closed.
+The C side is native/hba.h.  A SgFile is one open file with some commands on their way, each a Call.
+The kernel cannot take a command back: one whose waiter has left is under way until it ends.
 """
 
 from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import trio
@@ -176,17 +176,41 @@ class SgGone(OSError):
     """The device is not there any more."""
 
 
+class Call:
+    """A command with the kernel.  ended: what to do when it has given the command back, or forgotten it."""
+
+    def __init__(self, pointer: Any, ended: Callable[[], None]) -> None:
+        self.pointer = pointer
+        self.outcome: SgOutcome | None = None
+        self.over = trio.Event()
+        self._ended = ended
+
+    def end(self, outcome: SgOutcome | None) -> None:
+        """The kernel does not have it any more."""
+        LIB.vfc_sg_call_free(self.pointer)
+        self.outcome = outcome
+        self.over.set()
+        self._ended()
+
+    async def wait(self) -> SgOutcome:
+        """How it ended.  Raises SgGone when that will not be known."""
+        await self.over.wait()
+        if self.outcome is None:
+            raise SgGone(errno.ENODEV, "the unit is gone")
+        return self.outcome
+
+
 class SgFile:
-    """One open file of a unit.  serve() is a task that reads what has ended; close() tells who waits SgGone."""
+    """One open file of a unit.  serve() is a task that reads what has ended, as long as there is something to read.
+
+    close() tells who waits SgGone; the file itself goes when the kernel has given back what it has, so that
+    `in_flight` is true until then.
+    """
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
-        self._calls: dict[int, _Call] = {}
-        self._room = trio.CapacityLimiter(QUEUE)
-
-    @property
-    def fd(self) -> int:
-        return self._fd
+        self._calls: dict[int, Call] = {}
+        self.closed = False
 
     @property
     def in_flight(self) -> int:
@@ -194,50 +218,48 @@ class SgFile:
         return len(self._calls)
 
     def close(self) -> None:
-        """What is on its way is the kernel's to end."""
-        if self._fd < 0:
-            return
-        fd, self._fd = self._fd, -1
-        trio.lowlevel.notify_closing(fd)
-        os.close(fd)
+        """Nothing more is sent here."""
+        self.closed = True
+        for call in self._calls.values():
+            call.over.set()
+        if not self._calls:
+            self._release()
+
+    def _release(self) -> None:
+        self.closed = True
+        if self._fd >= 0:
+            fd, self._fd = self._fd, -1
+            trio.lowlevel.notify_closing(fd)
+            os.close(fd)
         calls, self._calls = self._calls, {}
         for call in calls.values():
-            LIB.vfc_sg_call_free(call.pointer)
-            call.ended.set()
+            call.end(None)
 
     async def serve(self) -> None:
-        """Read until the file is closed, or the device is gone."""
+        """Read until the file is closed and nothing is under way, or the device is gone."""
         made = FFI.new("struct vfc_sg_call **")
-        while self._fd >= 0:
-            try:
-                await trio.lowlevel.wait_readable(self._fd)
-            except trio.ClosedResourceError:
-                return
+        try:
             while self._fd >= 0:
-                result = LIB.vfc_sg_collect(self._fd, made)
-                if result < 0:
-                    self.close()
-                if result != 1:
-                    break
-                call = self._calls.pop(int(FFI.cast("uintptr_t", made[0])))
-                call.outcome = _outcome(made[0])
-                LIB.vfc_sg_call_free(made[0])
-                call.ended.set()
+                await trio.lowlevel.wait_readable(self._fd)
+                while (result := LIB.vfc_sg_collect(self._fd, made)) == 1:
+                    call = self._calls.pop(int(FFI.cast("uintptr_t", made[0])))
+                    call.end(_outcome(made[0]))
+                if result < 0 or (self.closed and not self._calls):
+                    return
+        except trio.ClosedResourceError:
+            pass
+        finally:
+            self._release()
 
-    async def run(self, cdb: bytes, *, data_out: bytes = b"", data_in: int = 0, timeout: float) -> SgOutcome:
-        """Run a command; timeout in seconds, then the kernel aborts it.  Raises SgGone, or OSError as write(2)."""
-        async with self._room:
-            while self.in_flight >= QUEUE:  # some of them are nobody's any more
-                await next(iter(self._calls.values())).ended.wait()
-            if self._fd < 0:
-                raise SgGone(errno.ENODEV, "the unit is gone")
-            call = self._submit(cdb, data_out, data_in, timeout)
-            await call.ended.wait()
-        if call.outcome is None:
+    def submit(
+        self, cdb: bytes, *, data_out: bytes = b"", data_in: int = 0, timeout: float, ended: Callable[[], None]
+    ) -> Call:
+        """Give the kernel a command, at once: whoever asks whether it may still go does so right before this.
+
+        timeout: seconds, then the kernel aborts it.  Raises SgGone, or OSError as write(2); ended is not called then.
+        """
+        if self.closed:
             raise SgGone(errno.ENODEV, "the unit is gone")
-        return call.outcome
-
-    def _submit(self, cdb: bytes, data_out: bytes, data_in: int, timeout: float) -> _Call:
         command = FFI.new("struct vfc_sg_command *")
         cdb_bytes, out_bytes = FFI.from_buffer("uint8_t[]", cdb), FFI.from_buffer("uint8_t[]", data_out)
         command.cdb, command.cdb_length = cdb_bytes, len(cdb)
@@ -248,18 +270,8 @@ class SgFile:
         if result in {-errno.ENODEV, -errno.ENXIO, -errno.EPIPE}:
             raise SgGone(errno.ENODEV, "the unit is gone")
         _check(result, "a command for a unit")
-        call = _Call(made[0])
-        self._calls[int(FFI.cast("uintptr_t", made[0]))] = call
+        call = self._calls[int(FFI.cast("uintptr_t", made[0]))] = Call(made[0], ended)
         return call
-
-
-@dataclass(eq=False)
-class _Call:
-    """A command with the kernel."""
-
-    pointer: Any
-    ended: trio.Event = field(default_factory=trio.Event)
-    outcome: SgOutcome | None = None
 
 
 def _outcome(pointer: Any) -> SgOutcome:
