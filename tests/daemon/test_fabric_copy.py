@@ -20,7 +20,7 @@ UNIT = '[[target.unit]]\nlun = 0\nfile = "{}/disk"\nsize = "4MiB"\n'
 
 
 def naa(san: Fabric) -> bytes:
-    (served,) = san._served.values()
+    (served,) = san.placement.served.values()
     return served.unit.identity.naa[0]
 
 
@@ -82,7 +82,7 @@ A = b"a" * SIZE
 
 def names(san: Fabric) -> list[bytes]:
     """The units' NAA designators, by their files' names."""
-    return [served.unit.identity.naa[0] for _, served in sorted(san._served.items())]
+    return [served.unit.identity.naa[0] for _, served in sorted(san.placement.served.items())]
 
 
 async def over(one: LinkAdapter, designators: list[bytes], done: list[tuple[int, str]]) -> None:

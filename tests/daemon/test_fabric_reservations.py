@@ -102,7 +102,7 @@ async def test_a_frame_that_waits_for_its_block_does_not_land_after_a_preempt(
 ) -> None:
     async with fabric(tmp_path, TARGET + unit) as (san, nursery):
         one, two = await members(nursery, tmp_path)
-        (served,) = san._served.values()
+        (served,) = san.placement.served.values()
         done: list[CommandResult] = []
 
         async def write() -> None:

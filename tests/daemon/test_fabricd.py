@@ -357,7 +357,7 @@ async def test_an_ordered_command_is_alone(tmp_path: Path) -> None:
         one, two = await join(nursery, tmp_path, 1), await join(nursery, tmp_path, 2)
         route = await one.open()
         await two.command(bytes(6))
-        (served,) = san._served.values()
+        (served,) = san.placement.served.values()
         assert served.medium.latch is not None
         served.medium.latch.take(77, 0, 512)
         order: list[str] = []

@@ -397,12 +397,12 @@ def test_what_narrows() -> None:
 
 
 def _medium(san: Fabric) -> media.Medium:
-    (served,) = san._served.values()
+    (served,) = san.placement.served.values()
     return served.medium
 
 
 def _openings(san: Fabric) -> list[Any]:
-    (served,) = san._served.values()
+    (served,) = san.placement.served.values()
     return list(served.fence.openings.values())
 
 

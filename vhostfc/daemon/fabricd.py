@@ -16,13 +16,13 @@ import signal
 import socket
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 
 import structlog
 import trio
 
-from vhostfc.config import FabricConfig, TargetConfig, UnitConfig
+from vhostfc.config import FabricConfig
 from vhostfc.daemon.capture import CaptureFile, capture_to
 from vhostfc.daemon.control import serve_control
 from vhostfc.daemon.fabric_changes import keep, load_with_kept, of_fault, of_order, with_changes
@@ -34,31 +34,28 @@ from vhostfc.daemon.fabric_kept import KeptReservations
 from vhostfc.daemon.fabric_link import Link, greet
 from vhostfc.daemon.fabric_locks import Process
 from vhostfc.daemon.fabric_orders import orders_for
+from vhostfc.daemon.fabric_placement import Placement
 from vhostfc.daemon.fabric_runner import Runner
 from vhostfc.daemon.fabric_status import Json, describe, topology
-from vhostfc.daemon.fabric_units import Key, Maker, Served, Store, key, taken_by
+from vhostfc.daemon.fabric_units import Key, Maker, Served, Store, taken_by
 from vhostfc.daemon.fcoe import FcoeAttachment
 from vhostfc.daemon.fdsocket import LinkSocket, listen
-from vhostfc.daemon.fencing import OURS, Opening, Verdict
+from vhostfc.daemon.fencing import OURS, Opening
 from vhostfc.daemon.notify import Notifier, PassedFd, passed_fds
 from vhostfc.errors import ConfigError, LinkLost, VhostfcError
 from vhostfc.fabric import link
-from vhostfc.fabric.array import Array, Place
+from vhostfc.fabric.array import Array
 from vhostfc.fabric.faults import Active, Fault
 from vhostfc.fabric.link import LinkError, Message, Route
 from vhostfc.fabric.rations import Rations
 from vhostfc.fabric.switch import Output, Switch
-from vhostfc.fabric.target import Exchange, Session, TargetPort, Urgent
+from vhostfc.fabric.target import Exchange, TargetPort, Urgent
 from vhostfc.fc.els import Els
 from vhostfc.fc.frame import Address, Frame, FrameError, RCtl
 from vhostfc.fc.login import Login
 from vhostfc.fc.wwn import Wwn
 from vhostfc.overlay import Overlay, merged
-from vhostfc.scsi.alua import AccessState
-from vhostfc.scsi.inquiry import TargetPort as IdentityPort
 from vhostfc.scsi.report import lun_number
-from vhostfc.scsi.sense import Asc
-from vhostfc.scsi.unit import LogicalUnit
 
 
 @dataclasses.dataclass(slots=True)
@@ -96,12 +93,8 @@ class Fabric:
         self._store = Store(notifier or Notifier(), passed)
         self._rations: Rations[Exchange] = Rations()
         self._urgent: deque[Urgent] = deque()
-        self._targets: dict[Wwn, TargetPort] = {}
-        self._relative: dict[Wwn, int] = {}
-        self._names: dict[int, Wwn] = {}
-        self._served: dict[Key, Served] = {}
+        self.placement = Placement(self.switch, self.array, rations=self._rations, urgent=self._urgent, kick=self._kick)
         self._fcoe: dict[str, tuple[FcoeAttachment, trio.CancelScope]] = {}
-        self._units: dict[LogicalUnit, Served] = {}
         self._reloading = trio.Lock()
         self._kept = kept or Overlay()
         self._unkept = Overlay()
@@ -124,7 +117,7 @@ class Fabric:
                     while True:
                         nursery.start_soon(self._welcome, await listener.accept())
             finally:
-                for served in self._served.values():
+                for served in self.placement.served.values():
                     served.medium.close()
 
     def _begin(self, nursery: trio.Nursery) -> None:
@@ -135,8 +128,8 @@ class Fabric:
             store=self._store,
             kept=KeptReservations(
                 self.config.state / "reservations",
-                port_name=lambda number: self._names[number].pack(),
-                port_number=lambda name: self._number(Wwn.unpack(name)),
+                port_name=lambda number: self.placement.name(number).pack(),
+                port_number=lambda name: self.placement.number(Wwn.unpack(name)),
                 log=self._log,
             ),
             timeout=self.config.fence_timeout,
@@ -150,17 +143,11 @@ class Fabric:
             array=self.array,
             rations=self._rations,
             urgent=self._urgent,
-            served=self._served_of,
+            served=self.placement.served_of,
             transmit=self.door.transmit,
             nursery=nursery,
             log=self._log,
         )
-
-    def _number(self, target: Wwn) -> int:
-        """The relative identifier of a target port; one that was in use once is not given to another."""
-        number = self._relative.setdefault(target, len(self._relative) + 1)
-        self._names[number] = target
-        return number
 
     def _kick(self) -> None:
         self._runner.kick()
@@ -180,9 +167,6 @@ class Fabric:
 
     def _hit(self, active: Active, what: str) -> None:
         self.desk.hit(active, what)
-
-    def _served_of(self, unit: LogicalUnit) -> Served | None:
-        return self._units.get(unit)
 
     # ------------------------------------------------------------ links
 
@@ -289,7 +273,7 @@ class Fabric:
         login, target = self.switch.login(wanted.s_id), self.switch.target(wanted.d_id)
         if login is not None and login.f_port == adapter.f_port and isinstance(target, TargetPort):
             session = target.sessions.get(wanted.s_id)
-            served = self._reachable(target, session, wanted.lun)
+            served = self.placement.reachable(target, session, wanted.lun)
             if session is not None and served is not None:
                 opening = served.fence.open(
                     adapter,
@@ -297,28 +281,11 @@ class Fabric:
                     nexus=session.nexus,
                     wwpn=session.wwpn,
                     lun=lun_number(wanted.lun) or 0,
-                    decide=partial(self._verdict, served, target, session, wanted.lun),
+                    decide=partial(self.placement.verdict, served, target, session, wanted.lun),
                 )
                 adapter.openings[opening.handle] = (served.fence, opening)
                 return
         adapter.post(Route(wanted.seq, 0, 0, gone=True), [])
-
-    def _reachable(self, target: TargetPort, session: Session | None, lun: bytes) -> Served | None:
-        """The unit at this LUN, if the session still is one, and zones and masks let it through."""
-        if session is None or not session.image or target.sessions.get(session.port_id) is not session:
-            return None
-        if not self.switch.visible(session.wwpn, target.wwpn):
-            return None
-        server = self.array.resolve(target, session.wwpn, lun)
-        return self._served_of(server) if isinstance(server, LogicalUnit) else None
-
-    def _verdict(self, served: Served, target: TargetPort, session: Session, lun: bytes) -> Verdict:
-        """What fencing asks for each opening, whenever anything may have changed."""
-        if self._reachable(target, session, lun) is not served:
-            return Verdict(gone=True)
-        unit = served.unit
-        mask = bytes(32) if served.ordered or served.faults else unit.verdict(session.nexus)
-        return Verdict(mask, unit.mode.write_protected, unit.blocks)
 
     # ------------------------------------------------------------ configuration
 
@@ -391,15 +358,15 @@ class Fabric:
         """Open what is new.  Raises ConfigError or VhostfcError, and then leaves nothing behind."""
         new = _New()
         for target in config.targets:
-            self._number(target.wwpn)
+            self.placement.number(target.wwpn)
             login = self.switch.find(target.wwpn)
             if login is not None:
                 raise ConfigError(f"{config.path}:{target.line}: wwpn: {target.wwpn} is logged in, by {login.holder!r}")
         check_attachments(config, {where: attachment.config for where, (attachment, _) in self._fcoe.items()})
         try:
-            taken = taken_by(self._served.values())
+            taken = taken_by(self.placement.served.values())
             for unit_key, (target, unit) in units_of(config).items():
-                served = self._served.get(unit_key)
+                served = self.placement.served.get(unit_key)
                 if served is not None:
                     check_change(config, unit, served)
                 else:
@@ -419,8 +386,7 @@ class Fabric:
         """Nothing here may fail, and nothing waits before all of it is done."""
         self.config, self.view = config, view or config
         self._maker.timeout = config.fence_timeout
-        self._served.update(new.units)
-        self._units.update((served.unit, served) for served in new.units.values())
+        self.placement.add(new.units)
         for served in new.units.values():
             self._maker.keep(served)
             served.faults.told = partial(self._unit_hit, served)
@@ -434,14 +400,14 @@ class Fabric:
         zoning = zoning_of(self.view)
         if zoning.zones != self.switch.zoning.zones:
             outputs += self.switch.set_zoning(zoning)
-        outputs += self._set_targets(self.view)
+        outputs += self.placement.set_targets(self.view, self.desk.is_away)
         self._kick()  # sessions that zones have ended leave the units where those are now
-        resized = self._set_units(wanted)
-        outputs += self._place(resized)
+        resized = self.placement.set_units(self.view, wanted, self._maker)
+        outputs += self.placement.place(self.view, resized)
         self.desk.refit()
         self.door.post(outputs)
         self._kick()
-        everybody = list(self._served.values())
+        everybody = list(self.placement.served.values())
         for served in everybody:
             served.fence.timeout = config.fence_timeout
             served.changed(epoch=True)
@@ -453,155 +419,36 @@ class Fabric:
             await served.barrier()
         for served in gone:
             await served.fence.drained()
-            del self._served[served.key], self._units[served.unit]
+            self.placement.remove(served)
             self._maker.remove(served)
-
-    def _set_targets(self, config: FabricConfig) -> list[Output]:
-        """Target ports come and go; one with another node name is another one."""
-        outputs: list[Output] = []
-        wanted = {target.wwpn: target for target in config.targets}
-        for wwpn, port in list(self._targets.items()):
-            target = wanted.get(wwpn)
-            if target is not None and target.wwnn == port.wwnn:
-                port.name = target.name
-                continue
-            del self._targets[wwpn]
-            if not self.desk.is_away(wwpn):
-                outputs += self.switch.remove_target(port)
-            for port_id in list(port.sessions):
-                port.forget(port_id)
-            self._runner.kick()
-            self.array.remove(port)
-        for wwpn, target in wanted.items():
-            if wwpn not in self._targets:
-                relative = self._number(wwpn)
-                port = TargetPort(
-                    target.name,
-                    wwpn,
-                    target.wwnn,
-                    relative,
-                    rations=self._rations,
-                    urgent=self._urgent,
-                    clock=time.time,
-                )
-                self._targets[wwpn] = port
-                self.array.add(port)
-                if not self.desk.is_away(wwpn):
-                    outputs += self.switch.add_target(port)
-        return outputs
 
     def withdraw(self, target: Wwn) -> None:
         """A target port leaves the fabric; its units stay what they are."""
-        port = self._targets.get(target)
-        if port is not None and self.switch.target(port.port_id) is port:
-            self.door.post(self.switch.remove_target(port))
-            for port_id in list(port.sessions):
-                port.forget(port_id)
-            self._kick()
+        self.door.post(self.placement.withdraw(target))
+        self._kick()
 
     def restore(self, target: Wwn) -> None:
         """It is back."""
-        port = self._targets.get(target)
-        if port is not None and self.switch.target(port.port_id) is not port:
-            try:
-                self.door.post(self.switch.add_target(port))
-            except ValueError as error:  # somebody logged in under its name
-                self._log.error("a target port cannot come back", target=port.name, reason=str(error))
+        try:
+            self.door.post(self.placement.restore(target))
+        except ValueError as error:  # somebody logged in under its name
+            name = self.placement.targets[target].name
+            self._log.error("a target port cannot come back", target=name, reason=str(error))
 
     def units_at(self, target: Wwn | None, lun: int | None) -> list[Served]:
         """The units at these LUNs of these target ports (None: all)."""
-        keys = {
-            key(config, unit)
-            for config in self.view.targets
-            if target in {None, config.wwpn}
-            for unit in config.units
-            if lun in {None, unit.lun}
-        }
-        return [served for unit_key, served in self._served.items() if unit_key in keys]
+        return self.placement.units_at(self.view, target, lun)
 
     def _unit_hit(self, served: Served, active: Active) -> None:
         self._hit(active, f"a command at {served.medium.name}")
-
-    def _set_units(self, wanted: dict[Key, tuple[TargetConfig, UnitConfig]]) -> set[LogicalUnit]:
-        """Sizes, write protection and names of what is served; returns the units that have grown."""
-        resized: set[LogicalUnit] = set()
-        access = {one.group: AccessState[one.access.upper().replace("-", "_")] for one in self.view.targets}
-        paths: dict[Key, list[TargetConfig]] = {}
-        for one in self.view.targets:
-            for unit in one.units:
-                ports_of = paths.setdefault(key(one, unit), [])
-                if one not in ports_of[-1:]:
-                    ports_of.append(one)
-        for unit_key, (target, config) in wanted.items():
-            served = self._served[unit_key]
-            medium = served.medium
-            if medium.read_only != config.read_only:
-                medium.read_only = config.read_only
-                before = served.unit
-                del self._units[before]
-                served.unit = self._maker.unit(medium, before.identity.naa[0], target.wwnn, config.physical_block_size)
-                served.unit.reservations, served.unit.access = before.reservations, before.access
-                served.unit.sanitizing = before.sanitizing
-                self._units[served.unit] = served
-            size = config.size or medium.current_size()
-            if size // medium.block_size > medium.blocks:
-                medium.grow(size)
-                served.unit.resize(medium.blocks)
-                resized.add(served.unit)
-            ports = tuple(
-                IdentityPort(self._relative[other.wwpn], other.wwpn.pack(), other.group)
-                for other in paths.get(unit_key, ())
-            )
-            served.unit.set_ports(ports)
-            served.unit.set_access(access)
-        return resized
-
-    def _place(self, resized: Collection[LogicalUnit] = ()) -> list[Output]:
-        """Put every unit that is ready at its LUNs, and tell those for whom that makes a difference."""
-        outputs: list[Output] = []
-        for config in self.view.targets:
-            target = self._targets[config.wwpn]
-            was, places = self.array.places(target), dict[int, Place]()
-            for unit in config.units:
-                served = self._served[key(config, unit)]
-                if served.ready:
-                    places[unit.lun] = Place(served.unit, unit.allow)
-            changed = [lun for lun in was.keys() | places.keys() if was.get(lun) != places.get(lun)]
-            grown = [place for place in places.values() if place.unit in resized] if resized else []
-            if not changed and not grown:
-                continue
-            self.array.set_places(target, places)
-            concerned = []
-            for wwpn in self.switch.zoning.peers_in(target.wwpn, self.switch.names.by_name):
-                if any(_seen(was, lun, wwpn) is not _seen(places, lun, wwpn) for lun in changed):
-                    before = {lun: place.unit for lun, place in was.items() if place.visible(wwpn)}
-                    self._tell(target, wwpn, before, self.array.seen(target, wwpn))
-                    concerned.append(wwpn)
-                elif any(place.visible(wwpn) for place in grown):
-                    concerned.append(wwpn)
-            outputs += self.switch.service_changed(target, concerned)
-        return outputs
-
-    def _tell(self, target: TargetPort, wwpn: Wwn, before: dict[int, LogicalUnit], now: dict[int, LogicalUnit]) -> None:
-        """Nexuses end and begin; those that stay are told that the inventory is another."""
-        session = target.session(wwpn)
-        if session is None:
-            return
-        for unit in {*before.values()} - {*now.values()}:
-            unit.detach(session.nexus)
-        for unit in {*now.values()} - {*before.values()}:
-            unit.attach(session.nexus)
-        if now.keys() != before.keys():
-            for unit in {*now.values()} & {*before.values()}:
-                unit.attention(Asc.REPORTED_LUNS_DATA_HAS_CHANGED, [session.nexus])
 
     async def _claim_later(self, served: Served) -> None:
         """A medium that somebody of an earlier life still has open: the unit appears when it is free."""
         with served.claiming:
             await served.wait_for_claim(self._log)
             self._runner.resume(served)
-            self.door.post(self._place())
-            for one in self._served.values():
+            self.door.post(self.placement.place(self.view))
+            for one in self.placement.served.values():
                 one.changed()
             self._log.info("a unit is served now", unit=served.medium.name)
 
@@ -611,20 +458,15 @@ class Fabric:
         """What there is, as JSON: the fabric, logins, targets with units and who has them open, zones."""
         pids = {f_port: one.pid for f_port, one in self.door.attachments.items()}
         segments = [segment for segment, _ in self._fcoe.values()]
-        return describe(self.view, self.switch, self._targets, self._served, pids, segments)
+        return describe(self.view, self.switch, self.placement.targets, self.placement.served, pids, segments)
 
     def topology(self) -> Json:
         """The same the other way round: what is plugged in where, and who is logged in where since when."""
-        return topology(self.view, self.switch, self._targets, self._served, self.door, self.desk)
+        return topology(self.view, self.switch, self.placement.targets, self.placement.served, self.door, self.desk)
 
     def changes(self) -> Json:
         """The changes of administrators, and whether they are kept."""
         return {"kept": self._kept.as_json(), "until reload": self._unkept.as_json()}
-
-
-def _seen(places: Mapping[int, Place], lun: int, wwpn: Wwn) -> LogicalUnit | None:
-    place = places.get(lun)
-    return place.unit if place is not None and place.visible(wwpn) else None
 
 
 async def _farewell(process: Process, openings: list[Opening]) -> None:
