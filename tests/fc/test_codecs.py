@@ -346,6 +346,13 @@ def test_a_short_cdb_is_filled_and_a_long_one_has_its_length() -> None:
         fcp.FcpCmnd(bytes(8), bytes(261)).pack()
 
 
+@pytest.mark.parametrize("words", [62, 63])
+def test_a_cdb_that_no_command_has_is_refused(words: int) -> None:
+    payload = bytes(11) + bytes([words << 2]) + bytes(16 + 4 * words + 4)
+    with pytest.raises(FrameError, match=f"a CDB of {16 + 4 * words}"):
+        fcp.FcpCmnd.unpack(payload)
+
+
 def test_a_command_shorter_than_it_says_is_refused() -> None:
     payload = fcp.FcpCmnd(bytes(8), bytes(32)).pack()
 

@@ -95,11 +95,13 @@ class FcpCmnd:
 
     @classmethod
     def unpack(cls, payload: bytes) -> Self:
-        """Raises FrameError when the payload is shorter than its own additional CDB length says."""
+        """Raises FrameError when the payload is shorter than its additional CDB length says, or that is too long."""
         if len(payload) < 32:
             raise FrameError(f"an FCP_CMND of {len(payload)} bytes, 32 are the least")
         lun, reference, attribute, tm_flags, flags = _CMND.unpack_from(payload)
         end = 28 + 4 * (flags >> 2)
+        if end - 12 > MAX_CDB:
+            raise FrameError(f"an FCP_CMND with a CDB of {end - 12} bytes, {MAX_CDB} are the most")
         both = flags & 3 == _READ_DATA | _WRITE_DATA
         if len(payload) < end + (8 if both else 4):
             raise FrameError(f"an FCP_CMND of {len(payload)} bytes with a CDB of {end - 12}")
