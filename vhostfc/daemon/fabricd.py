@@ -27,35 +27,27 @@ from vhostfc.daemon.capture import CaptureFile, capture_to
 from vhostfc.daemon.control import serve_control
 from vhostfc.daemon.fabric_changes import keep, load_with_kept, of_fault, of_order, with_changes
 from vhostfc.daemon.fabric_config import check_attachments, check_change, check_fixed, check_places, units_of, zoning_of
-from vhostfc.daemon.fabric_door import Attachment, Door
+from vhostfc.daemon.fabric_door import Door
 from vhostfc.daemon.fabric_events import Events
 from vhostfc.daemon.fabric_faults import Desk
 from vhostfc.daemon.fabric_kept import KeptReservations
-from vhostfc.daemon.fabric_link import Link, greet
-from vhostfc.daemon.fabric_locks import Process
 from vhostfc.daemon.fabric_orders import orders_for
 from vhostfc.daemon.fabric_placement import Placement
+from vhostfc.daemon.fabric_reception import Reception
 from vhostfc.daemon.fabric_runner import Runner
 from vhostfc.daemon.fabric_status import Json, describe, topology
 from vhostfc.daemon.fabric_units import Key, Maker, Served, Store, taken_by
 from vhostfc.daemon.fcoe import FcoeAttachment
-from vhostfc.daemon.fdsocket import LinkSocket, listen
-from vhostfc.daemon.fencing import OURS, Opening
+from vhostfc.daemon.fdsocket import listen
 from vhostfc.daemon.notify import Notifier, PassedFd, passed_fds
-from vhostfc.errors import ConfigError, LinkLost, VhostfcError
-from vhostfc.fabric import link
+from vhostfc.errors import ConfigError, VhostfcError
 from vhostfc.fabric.array import Array
 from vhostfc.fabric.faults import Active, Fault
-from vhostfc.fabric.link import LinkError, Message, Route
 from vhostfc.fabric.rations import Rations
 from vhostfc.fabric.switch import Output, Switch
-from vhostfc.fabric.target import Exchange, TargetPort, Urgent
-from vhostfc.fc.els import Els
-from vhostfc.fc.frame import Address, Frame, FrameError, RCtl
-from vhostfc.fc.login import Login
+from vhostfc.fabric.target import Exchange, Urgent
 from vhostfc.fc.wwn import Wwn
 from vhostfc.overlay import Overlay, merged
-from vhostfc.scsi.report import lun_number
 
 
 @dataclasses.dataclass(slots=True)
@@ -115,7 +107,7 @@ class Fabric:
                     self._log.info("the fabric is up", fabric=config.name, socket=str(config.socket))
                     task_status.started()
                     while True:
-                        nursery.start_soon(self._welcome, await listener.accept())
+                        nursery.start_soon(self._reception.welcome, await listener.accept())
             finally:
                 for served in self.placement.served.values():
                     served.medium.close()
@@ -149,6 +141,18 @@ class Fabric:
             log=self._log,
         )
 
+        self._reception = Reception(
+            self.config.name,
+            switch=self.switch,
+            door=self.door,
+            placement=self.placement,
+            maker=self._maker,
+            is_down=self.desk.is_down,
+            publish=self.events.publish,
+            nursery=nursery,
+            log=self._log,
+        )
+
     def _kick(self) -> None:
         self._runner.kick()
 
@@ -168,82 +172,9 @@ class Fabric:
     def _hit(self, active: Active, what: str) -> None:
         self.desk.hit(active, what)
 
-    # ------------------------------------------------------------ links
-
-    async def _welcome(self, sock: trio.socket.SocketType) -> None:
-        """One connection, from its beginning to its end."""
-        with LinkSocket(sock) as connection:
-            try:
-                process = Process(sock)
-            except OSError as error:
-                self._log.warning("refused a link: its process could not be fenced", reason=error.strerror)
-                return
-            openings: list[Opening] = []
-            try:
-                adapter = await greet(connection, process, self.config.name, is_down=self.desk.is_down)
-                if adapter is not None:
-                    openings = await self._serve_link(adapter)
-            except (LinkError, LinkLost) as error:
-                self._log.warning("refused a link", peer=connection.peer, reason=str(error))
-            finally:
-                # The process is needed for as long as it may have to be killed.
-                if any(not opening.gone.is_set() for opening in openings):
-                    self._nursery.start_soon(_farewell, process, openings)
-                else:
-                    process.close()
-
-    async def _serve_link(self, adapter: Link) -> list[Opening]:
-        adapter.f_port = self.door.plug(adapter)
-        self._log.info("a link is up", adapter=adapter.name, pid=adapter.pid)
-        self.events.publish("link up", {"holder": adapter.name, "pid": adapter.pid})
-        try:
-            await adapter.serve(self._handle, self._log)
-        finally:
-            openings = adapter.lost()
-            self.door.unplug(adapter.f_port)
-            self._log.info("a link is down", adapter=adapter.name, pid=adapter.pid)
-            self.events.publish("link down", {"holder": adapter.name, "pid": adapter.pid})
-        return openings
-
-    def _handle(self, adapter: Link, message: Message) -> None:
-        """What an adapter sends, but for acknowledgements.  Raises LinkError for what it may not send."""
-        match message:
-            case link.Frame(data):
-                self.frame(adapter.f_port, data)
-            case link.Open():
-                self._open(adapter, message)
-            case _:
-                raise LinkError(f"{message.kind.name} from an adapter")
-
     def frame(self, f_port: int, data: bytes) -> None:
         """A frame from an F_Port, whatever is behind that."""
-        attachment = self.door.attachments[f_port]
-        going = self._going(attachment, data)
-        if going:
-            self._nursery.start_soon(self._late_login, f_port, attachment, data, going)
-        else:
-            self.door.arrive(f_port, data)
-
-    def _going(self, attachment: object, data: bytes) -> list[Opening]:
-        """For a FLOGI or FDISC: what an earlier life of this Port_Name still has open.
-
-        Its commands may still reach the medium; they must not land behind those of the new life.
-        """
-        if data[0] != RCtl.ELS_REQUEST or int.from_bytes(data[1:4], "big") != Address.F_PORT:
-            return []
-        try:
-            login = Login.unpack(Frame.unpack(data).payload)
-        except FrameError:
-            return []
-        if login.command not in {Els.FLOGI, Els.FDISC}:
-            return []
-        return [opening for opening in self._maker.going(login.wwpn) if opening.adapter is not attachment]
-
-    async def _late_login(self, f_port: int, attachment: Attachment, data: bytes, going: list[Opening]) -> None:
-        for opening in going:
-            await opening.gone.wait()
-        if self.door.attachments.get(f_port) is attachment:
-            self.door.arrive(f_port, data)
+        self._reception.frame(f_port, data)
 
     # ------------------------------------------------------------ FCoE
 
@@ -264,28 +195,6 @@ class Fabric:
     async def _run_fcoe(self, attachment: FcoeAttachment, scope: trio.CancelScope) -> None:
         with scope:
             await attachment.run()
-
-    # ------------------------------------------------------------ paths
-
-    def _open(self, adapter: Link, wanted: link.Open) -> None:
-        if wanted.seq & OURS:
-            raise LinkError(f"OPEN with seq {wanted.seq:#x}, whose top bit is the fabric's")
-        login, target = self.switch.login(wanted.s_id), self.switch.target(wanted.d_id)
-        if login is not None and login.f_port == adapter.f_port and isinstance(target, TargetPort):
-            session = target.sessions.get(wanted.s_id)
-            served = self.placement.reachable(target, session, wanted.lun)
-            if session is not None and served is not None:
-                opening = served.fence.open(
-                    adapter,
-                    wanted.seq,
-                    nexus=session.nexus,
-                    wwpn=session.wwpn,
-                    lun=lun_number(wanted.lun) or 0,
-                    decide=partial(self.placement.verdict, served, target, session, wanted.lun),
-                )
-                adapter.openings[opening.handle] = (served.fence, opening)
-                return
-        adapter.post(Route(wanted.seq, 0, 0, gone=True), [])
 
     # ------------------------------------------------------------ configuration
 
@@ -467,14 +376,6 @@ class Fabric:
     def changes(self) -> Json:
         """The changes of administrators, and whether they are kept."""
         return {"kept": self._kept.as_json(), "until reload": self._unkept.as_json()}
-
-
-async def _farewell(process: Process, openings: list[Opening]) -> None:
-    try:
-        for opening in openings:
-            await opening.gone.wait()
-    finally:
-        process.close()
 
 
 async def run_fabric(
