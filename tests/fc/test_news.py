@@ -90,3 +90,16 @@ def test_news_without_end_do_not_keep_a_look_from_its_end(online: Pair) -> None:
     assert online.remote.state is RemoteState.READY
     assert online.remote.units == (lun(0), lun(3), lun(7))
     assert [event.number for event in online.events if isinstance(event, Discovered)][-1] == 51
+
+
+def test_news_of_too_many_ports_are_news_of_everything(online: Pair) -> None:
+    """What is told while the name server is silent is kept, but not without bound."""
+    online.lose = lambda frame: frame.r_ctl == RCtl.DATA_UNSOLICITED_CONTROL
+    online.port.rescan(online.now)
+    for number in range(3):
+        online.inject(online.fabric.rscn(online.port.port_id, *range(0x020000 + 255 * number, 0x0200FF + 255 * number)))
+    assert len(online.port._discovery._pages) <= 256
+    online.lose = lambda _frame: False
+    online.array.units[lun(7)] = bytearray(BLOCK)
+    online.advance(60)
+    assert online.remote.units == (lun(0), lun(3), lun(7))

@@ -27,6 +27,8 @@ _MASKS = {
     AddressFormat.DOMAIN: 0xFF0000,
     AddressFormat.FABRIC: 0x000000,
 }
+#: Addresses that are kept for the next look; more of them mean everything.
+_MOST_PAGES = 256
 EVERYTHING = (RscnPage(0, AddressFormat.FABRIC),)
 
 
@@ -80,6 +82,8 @@ class Discovery:
         """Look again, and closely at these addresses.  Returns the number that a Discovered will reach."""
         self._asked += 1
         self._pages.extend(page for page in pages if page not in self._pages)
+        if len(self._pages) > _MOST_PAGES:
+            self._pages = list(EVERYTHING)
         self._begin(now)
         return self._asked
 
