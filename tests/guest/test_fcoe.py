@@ -6,6 +6,9 @@ in `vhostfc status`.
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -133,6 +136,32 @@ def test_sg3_utils(san: San, guest: FcoeGuest, vports: dict[int, tuple[str, str]
     (unit,) = (unit for unit in target["units"] if unit["lun"] == 1)
     assert [(one["wwpn"], one["holder"]) for one in unit["reservations"]["registrations"]] == [(wwpn(1), True)]
     guest.check(f"sg_persist -n -o -C -K 0xabc /dev/{name}")
+
+
+@pytest.mark.parametrize(
+    ("r_ctl", "command"),
+    [
+        (7, "sg_turs /dev/{}"),
+        (7, "dd if=/dev/{} of=/dev/null bs=4k count=1 iflag=direct"),
+        (1, "dd if=/dev/{} of=/dev/null bs=4k count=1 iflag=direct"),
+        (5, "dd if=/dev/zero of=/dev/{} bs=4k count=1 oflag=direct"),
+    ],
+    ids=["FCP_RSP", "FCP_RSP of a read", "FCP_DATA of a read", "FCP_XFER_RDY"],
+)
+def test_a_lost_frame_costs_seconds_not_a_command_timeout(
+    san: San, guest: FcoeGuest, vports: dict[int, tuple[str, str]], r_ctl: int, command: str
+) -> None:
+    """libfc asks with REC how far its command has come, and begins it anew; its timeout would be 30 s."""
+    name = guest.luns(vports[1][1])[1]
+    order = ("fault", str(san.fabric_control), "add", "lose", f"r_ctl={r_ctl}", f"wwpn={wwpn(1)}", "count=1", "--json")
+    added = subprocess.run([sys.executable, "-m", "vhostfc", *order], capture_output=True, text=True, check=True)
+    took = guest.check(f"read b x </proc/uptime; {command.format(name)} >&2; read e x </proc/uptime; echo $b $e")
+    begin, end = (float(time) for time in took.split()[-2:])
+    show = [sys.executable, "-m", "vhostfc", "fault", str(san.fabric_control), "list", "--json"]
+    told = json.loads(subprocess.run(show, capture_output=True, text=True, check=True).stdout)
+    mine = json.loads(added.stdout)["faults"]
+    assert [one["hits"] for one in told["faults"] if one["name"] in mine] == [1]
+    assert end - begin < 20, took
 
 
 # ---------------------------------------------------------------- changes
