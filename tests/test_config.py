@@ -14,22 +14,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vhostfc.config import (
-    NULL_SIZE,
     AdapterConfig,
     FabricConfig,
     PortConfig,
     UnitConfig,
     control_for,
-    derived_wwn,
     load,
     load_adapter,
     load_fabric,
-    seconds,
-    size,
 )
 from vhostfc.errors import ConfigError
+from vhostfc.fabricfile import NULL_SIZE
 from vhostfc.fc.wwn import Wwn
 from vhostfc.tomlfile import Document, Table
+from vhostfc.values import derived_wwn, seconds, size
 
 HOST, HOST_NODE = Wwn(0x5001438012345678), Wwn(0x5001438012345679)
 ARRAY, ARRAY_NODE = Wwn(0x5006016000000001), Wwn(0x5006016000000000)

@@ -105,7 +105,7 @@ def add_capture_size(parser: argparse.ArgumentParser) -> None:
 
 def capture_size(options: argparse.Namespace) -> int | None:
     """Bytes.  Raises ConfigError."""
-    from vhostfc.config import size
+    from vhostfc.values import size
 
     try:
         found = size(options.capture_size) if options.capture_size is not None else None

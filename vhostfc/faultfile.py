@@ -13,7 +13,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from vhostfc.config import ACCESS, LUN_MAX, boolean, choice, integer, seconds, text, wwn
 from vhostfc.fabric.faults import AT_ONCE, OF_FRAMES, OF_UNITS, Direction, Fault, Latency, What
 from vhostfc.fc.ct import Ct
 from vhostfc.fc.els import Els, Explanation, Reason
@@ -21,6 +20,7 @@ from vhostfc.fc.frame import Address, FcType
 from vhostfc.fc.wwn import Wwn, WwnError
 from vhostfc.scsi.cdb import COMMANDS
 from vhostfc.tomlfile import Document, Table, spelled
+from vhostfc.values import ACCESS, LUN_MAX, boolean, choice, integer, seconds, text, wwn
 
 #: Seconds: a day is the longest that anything here waits or lasts.
 _DAY = 86400.0
