@@ -108,6 +108,7 @@ def _fuzz(target: Target, plan: Plan, home: Path, log: Path) -> None:
         f"-timeout={HANG}",
         f"-artifact_prefix={home / 'findings'}/",
         "-print_final_stats=1",
+        "-reload=0",  # or the corpus is read again each second, and no two runs are the same
     ]
     if plan.runs:
         arguments += [f"-runs={plan.runs}", str(home / "seeds")]
