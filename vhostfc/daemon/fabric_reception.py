@@ -6,6 +6,7 @@ medium any more.  A Port_Name of which an earlier life still has something open 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -29,6 +30,9 @@ from vhostfc.fc.els import Els
 from vhostfc.fc.frame import Address, Frame, FrameError, RCtl
 from vhostfc.fc.login import Login
 from vhostfc.scsi.report import lun_number
+
+#: Logins of one F_Port that may wait for the end of an earlier life; what comes beyond is lost, and sent again.
+MOST_LATE = 64
 
 
 class Reception:
@@ -56,6 +60,7 @@ class Reception:
         self._publish = publish
         self._nursery = nursery
         self._log = log
+        self._late: Counter[int] = Counter()  # logins that wait, by F_Port
 
     async def welcome(self, sock: trio.socket.SocketType) -> None:
         """One connection, from its beginning to its end."""
@@ -106,10 +111,11 @@ class Reception:
         """A frame from an F_Port, whatever is behind that."""
         attachment = self._door.attachments[f_port]
         going = self._going(attachment, data)
-        if going:
-            self._nursery.start_soon(self._late_login, f_port, attachment, data, going)
-        else:
+        if not going:
             self._door.arrive(f_port, data)
+        elif self._late[f_port] < MOST_LATE:
+            self._late[f_port] += 1
+            self._nursery.start_soon(self._late_login, f_port, attachment, data, going)
 
     def _going(self, attachment: object, data: bytes) -> list[Opening]:
         """For a FLOGI or FDISC: what an earlier life of this Port_Name still has open.
@@ -127,8 +133,13 @@ class Reception:
         return [opening for opening in self._maker.going(login.wwpn) if opening.adapter is not attachment]
 
     async def _late_login(self, f_port: int, attachment: Attachment, data: bytes, going: list[Opening]) -> None:
-        for opening in going:
-            await opening.gone.wait()
+        try:
+            for opening in going:
+                await opening.gone.wait()
+        finally:
+            self._late[f_port] -= 1
+            if not self._late[f_port]:
+                del self._late[f_port]
         if self._door.attachments.get(f_port) is attachment:
             self._door.arrive(f_port, data)
 
