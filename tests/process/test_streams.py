@@ -4,7 +4,7 @@ Two initiators send the same random stream to two units that began alike.  To th
 with the fast path (their C threads do what they may), to the second through adapters that put every command into
 frames (the fabric's Python does all).  Beside them runs the device server on a bytearray, and a model that is a list
 of letters.  Reads and writes of all lengths of CDB, wrong lengths and ranges, unmaps, compare-and-write, task
-attributes, reservations of both kinds, write protection, resets: whatever one of them says, all of them say.
+attributes, formats, reservations of both kinds, write protection, resets: whatever one of them says, all of them say.
 """
 
 from __future__ import annotations
@@ -247,6 +247,15 @@ class Streams(RuleBasedStateMachine):
     @rule(sender=SENDERS, opcode=st.sampled_from((0x35, 0x91)), lba=LBAS, count=COUNTS)
     def synchronize_cache(self, sender: int, opcode: int, lba: int, count: int) -> None:
         self.send(sender, media_cdb(opcode, lba, count, 0, 0))
+
+    @rule(sender=SENDERS, pattern=st.booleans())
+    def format_unit(self, sender: int, pattern: bool) -> None:
+        cdb, data = (
+            bytes([0x04, 0x10 * pattern, 0, 0, 0, 0]),
+            bytes.fromhex("00 88 0000 00 01 0001 03") if pattern else b"",
+        )
+        if self.send(sender, cdb, data):
+            self.model[:] = [3 * pattern] * BLOCKS
 
     @rule(sender=SENDERS)
     def test_unit_ready(self, sender: int) -> None:
