@@ -102,6 +102,14 @@ async def test_what_is_below_a_strangers_vport_is_not_touched(lab: Lab) -> None:
         await lab.helped.write(lab.path(f"class/scsi_host/{vhost.name}/scan"), b"- - -")
 
 
+@pytest.mark.parametrize("name", ["", "libvirt web7"])
+async def test_somebody_elses_vport_with_our_names_is_not_deleted(lab: Lab, name: str) -> None:
+    lab.kernel.make_vport(lab.kernel.hosts["host0"], ME.wwpn, ME.wwnn, name)
+    with pytest.raises(PermissionError, match=r"vport-0:0-0 on host0 \(.*\) was made by no adapter"):
+        await lab.helped.write(lab.path("class/fc_host/host0/vport_delete"), NAMES.encode())
+    assert lab.kernel.writes == []
+
+
 async def settled(lab: Lab) -> str:
     """A vport of ours with its unit; the name of its host."""
     vhost = lab.kernel.make_vport(lab.kernel.hosts["host0"], ME.wwpn, ME.wwnn)

@@ -556,6 +556,16 @@ async def test_a_vport_that_somebody_deletes_is_made_anew(lab: Lab, port: NpivPo
     assert await port.execute(UNIT, TUR) == ScsiResult(Outcome.COMPLETE)
 
 
+async def test_a_logout_leaves_what_somebody_else_made_meanwhile(lab: Lab) -> None:
+    async with lab.fabric().login(ME):
+        parent = lab.vhost.parent  # type: ignore[attr-defined]
+        lab.kernel.remove_vport(lab.vhost)  # type: ignore[arg-type]
+        lab.kernel.make_vport(parent, ME.wwpn, ME.wwnn, "libvirt web7")
+        await trio.sleep(0.1)
+    assert [vport.symbolic_name for vport in lab.kernel.sysfs.vports()] == ["libvirt web7"]
+    assert not [path for path, _ in lab.kernel.writes if path.endswith("vport_delete")]
+
+
 async def test_a_host_that_would_use_the_units_is_refused(lab: Lab) -> None:
     await lab.kernel.write(lab.kernel.root / "bus/scsi/drivers_autoprobe", b"1")
     with pytest.raises(LoginRefused, match="vhostfc setup"):

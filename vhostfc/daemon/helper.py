@@ -68,6 +68,7 @@ class Helper:
         self._kernel = kernel
         self._etc = etc
         self._log = log
+        self._made: set[str] = set()
 
     # ------------------------------------------------------------ what is allowed
 
@@ -91,6 +92,8 @@ class Helper:
             wwpn = Wwn(int(data[:16], 16))
             if wwpn not in self.known():
                 raise Refused(f"{wwpn} is in no adapter's file under {self._etc}")
+            if relative.endswith("vport_delete"):
+                self._may_go(relative.split("/")[2], data)
             return root / relative
         for pattern, values in _BELOW:
             if re.fullmatch(pattern, relative):
@@ -99,6 +102,15 @@ class Helper:
                 self._below_a_vport(root / relative)
                 return root / relative
         raise Refused(f"{relative} is not written here")
+
+    def _may_go(self, host: str, names: str) -> None:
+        """Somebody else's vport may have the names of an adapter: only what an adapter has made is deleted."""
+        for vport in self._kernel.sysfs.vports():
+            if vport.parent != host or names != f"{vport.wwpn.pack().hex()}:{vport.wwnn.pack().hex()}":
+                continue
+            if not vport.symbolic_name.startswith("vhostfc ") and vport.name not in self._made:
+                owner = repr(vport.symbolic_name) if vport.symbolic_name else "without a name"
+                raise Refused(f"{vport.name} on {host} ({owner}) was made by no adapter")
 
     def _below_a_vport(self, path: Path) -> None:
         """It belongs to a vport of a known adapter: the path shows whose child it is."""
@@ -113,7 +125,11 @@ class Helper:
         relative, data = str(request["write"]), str(request.get("data", ""))
         path = self.allow(relative, data)
         self._log.info("write", file=relative, data=data)
-        return {"count": await self._kernel.write(path, data.encode())}
+        count = await self._kernel.write(path, data.encode())
+        if relative.endswith("vport_create"):  # some drivers' vports cannot be named
+            vport = self._kernel.sysfs.vport_of(Wwn(int(data[:16], 16)))
+            self._made |= {vport.name} if vport is not None else set()
+        return {"count": count}
 
     async def reset(self, request: dict[str, Any]) -> dict[str, Any]:
         hctl, level = str(request["reset"]), request.get("level")

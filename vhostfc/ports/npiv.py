@@ -166,7 +166,7 @@ class NpivFabric:
                 if not self._keep:
                     with trio.move_on_after(LOGOUT) as scope:
                         scope.shield = True
-                        await vports.delete(vport)
+                        await vports.delete(identity)
         if failure is not None:
             raise failure
 
