@@ -163,6 +163,23 @@ async def test_who_sends_too_much_is_left(lab: Lab) -> None:
         assert await stream.receive_some(10) == b""
 
 
+async def test_a_vport_in_the_making_is_waited_for_by_who_is_stopped(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, begun = lab.kernel.write, trio.Event()
+
+    async def slow(path: Path, data: bytes) -> int:
+        begun.set()
+        await trio.sleep(0.2)
+        return await whole(path, data)
+
+    monkeypatch.setattr(lab.kernel, "write", slow)
+    with trio.CancelScope() as scope:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(lab.helped.write, lab.path("class/fc_host/host0/vport_create"), NAMES.encode())
+            await begun.wait()
+            scope.cancel()
+    assert lab.kernel.sysfs.vport_of(ME.wwpn) is not None, "and now its maker knows, and takes it away"
+
+
 async def test_hints_are_passed_on(lab: Lab) -> None:
     async with lab.helped.hints() as hints:
         while not lab.kernel._listeners:

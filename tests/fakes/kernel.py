@@ -513,8 +513,9 @@ class FakeKernel:
         """fast_io_fail_tmo, then dev_loss_tmo."""
         rport = vhost.rports[target.wwpn]
         at = self._rport(vhost, rport)
-        fast, loss = self._text(at / "fast_io_fail_tmo"), int(self._text(at / "dev_loss_tmo"))
         with scope:
+            await trio.lowlevel.checkpoint()  # its host may have gone at once
+            fast, loss = self._text(at / "fast_io_fail_tmo"), int(self._text(at / "dev_loss_tmo"))
             if fast != "off":
                 await trio.sleep(int(fast))
                 loss -= int(fast)

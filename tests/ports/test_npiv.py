@@ -549,6 +549,44 @@ async def test_a_cancelled_adapter_logs_out(lab: Lab) -> None:
     assert lab.kernel.sysfs.vport_of(ME.wwpn) is None
 
 
+@pytest.mark.parametrize("what", ["silent", "link down"])
+async def test_one_that_is_stopped_while_it_logs_in_leaves_nothing(lab: Lab, what: str) -> None:
+    """Left there, it would log in once the link is back, while the machine runs elsewhere."""
+    lab.kernel.verdict = "silent"
+    with trio.CancelScope() as scope:
+
+        async def stop() -> None:
+            while not any(host.parent for host in lab.kernel.hosts.values()):
+                await trio.sleep(0.01)
+            if what == "link down":
+                await lab.kernel.link_down()
+            scope.cancel()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(stop)
+            async with lab.fabric(patience=30).login(ME):
+                raise AssertionError
+    assert scope.cancelled_caught
+    assert list(lab.kernel.sysfs.vports()) == []
+
+
+async def test_a_vport_that_was_made_anew_elsewhere_is_logged_out(tmp_path: Path, nursery: trio.Nursery) -> None:
+    lab = Lab(tmp_path, nursery)
+    lab.kernel = FakeKernel(tmp_path / "two", nursery, lab.array, hosts=2)
+    with trio.CancelScope() as scope:
+        async with lab.fabric().login(ME) as port:
+            assert isinstance(port, NpivPort)
+            first = port.vport
+            await lab.kernel.link_down(first.parent)
+            lab.kernel.remove_vport(lab.vhost)  # type: ignore[arg-type]
+            with trio.fail_after(10):
+                while port.vport.parent == first.parent:
+                    await trio.sleep(0.01)
+            scope.cancel()
+            await trio.sleep_forever()
+    assert list(lab.kernel.sysfs.vports()) == []
+
+
 async def test_a_vport_that_somebody_deletes_is_made_anew(lab: Lab, port: NpivPort) -> None:
     lab.kernel.remove_vport(lab.vhost)  # type: ignore[arg-type]
     await until(port, lambda: state(port) is not RemotePortState.ONLINE)

@@ -21,6 +21,8 @@ from vhostfc.ports.kernel import open_units
 from vhostfc.ports.sysfs import Lun, Sysfs
 
 _MAX_LINE = 1 << 16
+#: The longest that a write takes, seconds: a driver may wait for its firmware.
+MAKING = 120.0
 _UDEV_LOOKS, _UDEV_PAUSE = 20, 0.1
 
 
@@ -37,9 +39,13 @@ class HelpedKernel:
         return self._sysfs
 
     async def write(self, path: Path, data: bytes) -> int:
+        """A vport that is being made is waited for, whoever is cancelled meanwhile: it would come without an owner."""
         relative = str(path.relative_to(self._sysfs.root))
-        answer = await self._ask({"write": relative, "data": data.decode()}, str(path))
-        return int(answer.get("count", 0))
+        with trio.move_on_after(MAKING) as scope:
+            scope.shield = path.name == "vport_create"
+            answer = await self._ask({"write": relative, "data": data.decode()}, str(path))
+            return int(answer.get("count", 0))
+        raise OSError(errno.ETIMEDOUT, f"{self._socket}: the helper does not answer", str(path))
 
     async def open_units(self, lun: Lun, count: int) -> tuple[list[int], int]:
         """A node that has just come is root's until udev has looked at it: wait a little."""

@@ -137,8 +137,8 @@ class NpivFabric:
         vports = Vports(self._kernel, self._parents, state=self._state, log=log, patience=self._patience)
         failure: Exception | None = None
         with _one_of_us(self._state, identity):
-            vport = await vports.acquire(identity)
             try:
+                vport = await vports.acquire(identity)
                 async with self._kernel.hints() as hints, trio.open_nursery() as nursery:
                     port = NpivPort(
                         identity,
@@ -161,8 +161,7 @@ class NpivFabric:
                     finally:
                         port.end()
                         nursery.cancel_scope.cancel()
-                    vport = port.vport
-            finally:
+            finally:  # whatever is there by now: one that was being made, or has been made anew on another port
                 if not self._keep:
                     with trio.move_on_after(LOGOUT) as scope:
                         scope.shield = True
