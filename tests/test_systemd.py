@@ -102,6 +102,15 @@ def test_adapter_and_socket_agree_with_the_defaults() -> None:
     assert unit("vhostfc@.service")["Unit"]["Requires"] == "vhostfc@%i.socket"
 
 
+def test_the_helper_listens_where_adapters_ask_and_only_root_writes() -> None:
+    from vhostfc.cli import HELPER
+    from vhostfc.config import HbaConfig
+
+    assert unit("vhostfc-helper.socket")["Socket"]["ListenStream"] == str(HELPER) == str(HbaConfig().helper)
+    directories = [line.split()[:5] for line in (SYSTEMD / "vhostfc.tmpfiles").read_text().splitlines()]
+    assert ["d", str(HELPER.parent), "0755", "root", "root"] in directories
+
+
 def test_the_commands_are_real_ones() -> None:
     from vhostfc.cli import _parser
 

@@ -23,9 +23,9 @@ async def kernel(tmp_path: Path, nursery: trio.Nursery) -> FakeKernel:
     """A host in order: an HBA with one vport of ours on it."""
     target = FakeTarget(Wwn(0x5006_0160_0000_0001), 0x01FE01, {0: FakeUnit(bytearray(4096))})
     fake = FakeKernel(tmp_path, nursery, target, style="lpfc", max_vports=4)
-    for name in ("etc/vhostfc", "run/vhostfc", "proc", "sys/module/sg", "sys/module/lpfc/parameters"):
+    for name in ("etc/vhostfc", "run/vhostfc-helper", "proc", "sys/module/sg", "sys/module/lpfc/parameters"):
         (tmp_path / name).mkdir(parents=True)
-    (tmp_path / "run/vhostfc/helper.sock").touch()
+    (tmp_path / "run/vhostfc-helper/helper.sock").touch()
     (tmp_path / "proc/meminfo").write_text("HugePages_Total:     512\n")
     (tmp_path / "sys/module/lpfc/parameters/lpfc_enable_npiv").write_text("1\n")
     (tmp_path / "etc/vhostfc/vm1.toml").write_text(f'[[port]]\nwwpn = "{ME.wwpn}"\n')
@@ -96,7 +96,7 @@ def reject(kernel: FakeKernel) -> None:
 
 
 def no_helper(kernel: FakeKernel) -> None:
-    (kernel.root.parent / "run/vhostfc/helper.sock").unlink()
+    (kernel.root.parent / "run/vhostfc-helper/helper.sock").unlink()
 
 
 def no_adapter(kernel: FakeKernel) -> None:

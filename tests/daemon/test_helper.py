@@ -217,5 +217,27 @@ async def test_others_are_not_answered(tmp_path: Path, nursery: trio.Nursery) ->
 def test_the_socket_is_for_its_group(tmp_path: Path) -> None:
     with listening_socket(tmp_path / "h.sock", os.getgid()):
         assert (tmp_path / "h.sock").stat().st_mode & 0o777 == 0o660
-    with pytest.raises(VhostfcError, match=r"nowhere/h\.sock"):
-        listening_socket(tmp_path / "nowhere/h.sock", None)
+    with listening_socket(tmp_path / "own/h.sock", None):
+        assert (tmp_path / "own").stat().st_mode & 0o777 == 0o755
+    with pytest.raises(VhostfcError, match=r"nowhere/at/all/h\.sock"):
+        listening_socket(tmp_path / "nowhere/at/all/h.sock", None)
+
+
+@pytest.mark.parametrize("whose", ["another user's", "open to all"])
+def test_the_socket_is_in_a_directory_that_others_cannot_change(tmp_path: Path, whose: str) -> None:
+    directory = tmp_path / "run"
+    directory.mkdir()
+    if whose == "another user's":
+        if os.getuid():
+            pytest.skip("only root can give a directory away")
+        os.chown(directory, 65534, 65534)
+    else:
+        directory.chmod(0o777)
+    (directory / "h.sock").symlink_to(tmp_path / "victim")
+    with pytest.raises(VhostfcError, match=r"others may write to its directory"):
+        listening_socket(directory / "h.sock", None)
+    assert (directory / "h.sock").is_symlink()
+    directory.chmod(0o1777)
+    if whose == "open to all":
+        with listening_socket(directory / "h.sock", None):
+            assert (directory / "h.sock").is_socket()

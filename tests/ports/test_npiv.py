@@ -549,6 +549,17 @@ async def test_a_cancelled_adapter_logs_out(lab: Lab) -> None:
     assert lab.kernel.sysfs.vport_of(ME.wwpn) is None
 
 
+async def test_a_link_in_place_of_the_lock_is_not_followed(lab: Lab, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.write_text("root:x")
+    (lab.directory / "state").mkdir()
+    (lab.directory / f"state/vport-{ME.wwpn.pack().hex()}.lock").symlink_to(other)
+    with pytest.raises(LoginRefused, match=rf"state/vport-{ME.wwpn.pack().hex()}\.lock: "):
+        async with lab.fabric().login(ME):
+            pass
+    assert lab.kernel.writes == []
+
+
 @pytest.mark.parametrize("what", ["silent", "link down"])
 async def test_one_that_is_stopped_while_it_logs_in_leaves_nothing(lab: Lab, what: str) -> None:
     """Left there, it would log in once the link is back, while the machine runs elsewhere."""

@@ -202,7 +202,7 @@ def _adapters(root: Path) -> set[Wwn]:
 def _rights(root: Path, facts: Facts) -> Iterator[Finding]:
     if not facts.user():
         yield Finding("user", Verdict.MISSING, "there is no user vhostfc", "systemd-sysusers vhostfc.conf")
-    helper = root / "run/vhostfc/helper.sock"
+    helper = root / "run/vhostfc-helper/helper.sock"
     if helper.exists():
         yield Finding("helper", Verdict.READY, f"{helper} is there")
     else:

@@ -24,6 +24,7 @@ import tomllib
 from collections.abc import Awaitable, Callable
 from dataclasses import asdict
 from pathlib import Path
+from stat import S_ISVTX
 from typing import Any
 
 import structlog
@@ -245,16 +246,24 @@ async def _accept(
 
 
 def listening_socket(path: Path, group: int | None) -> trio.socket.SocketType:
-    """Where the helper listens when nobody passes it a socket.  VhostfcError when it cannot be made."""
+    """Where the helper listens when nobody passes it a socket.  VhostfcError when it cannot be made, or where somebody
+    else could put something else in its place: what we change by its path must be what we have made."""
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
     try:
+        path.parent.mkdir(mode=0o755, exist_ok=True)
+        directory = path.parent.stat()
+        if directory.st_uid not in {0, os.geteuid()} or (directory.st_mode & 0o022 and not directory.st_mode & S_ISVTX):
+            raise VhostfcError(f"{path}: others may write to its directory; the helper listens in one of its own")
         path.unlink(missing_ok=True)
+        os.fchmod(sock.fileno(), 0o600)  # bind() gives it to the file
         sock.bind(str(path))
+        os.chown(path, -1, -1 if group is None else group, follow_symlinks=False)
         os.chmod(path, 0o660)
-        if group is not None:
-            os.chown(path, -1, group)
         sock.listen()
     except OSError as error:
         sock.close()
         raise VhostfcError(f"{path}: {error.strerror}") from error
+    except VhostfcError:
+        sock.close()
+        raise
     return trio.socket.from_stdlib_socket(sock)

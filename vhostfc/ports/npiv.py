@@ -45,6 +45,7 @@ from vhostfc.ports.kernel import Kernel
 from vhostfc.ports.npiv_commands import Commands
 from vhostfc.ports.npiv_paths import Paths
 from vhostfc.ports.npiv_survey import Survey
+from vhostfc.ports.ownfiles import OwnFiles
 from vhostfc.ports.subscriber import Subscriber
 from vhostfc.ports.sysfs import Lun, Rport, Vport
 from vhostfc.ports.vport import Parents, Vports
@@ -174,13 +175,9 @@ class NpivFabric:
 def _one_of_us(state: FilePath, identity: PortIdentity) -> Iterator[None]:
     """Two processes of one adapter must not take the vport for one that the other has left behind."""
     try:
-        state.mkdir(parents=True, exist_ok=True)
-        fd = os.open(state / f"vport-{identity.wwpn.pack().hex()}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        fd = OwnFiles(state).open(f"vport-{identity.wwpn.pack().hex()}.lock")
     except OSError as error:
         raise LoginRefused(f"{error.filename}: {error.strerror}") from error
-    if os.geteuid() == 0:  # `vhostfc login`: the adapter itself has another user
-        owner = os.stat(state)
-        os.fchown(fd, owner.st_uid, owner.st_gid)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

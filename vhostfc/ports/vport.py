@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from vhostfc.errors import LoginRefused
 from vhostfc.fc.wwn import Wwn
 from vhostfc.ports.base import PortIdentity
 from vhostfc.ports.kernel import Kernel
+from vhostfc.ports.ownfiles import OwnFiles
 from vhostfc.ports.sysfs import FcHost, Vport
 
 ACTIVE = "Active"
@@ -156,7 +156,7 @@ class Vports:
         made anew; three times that is what an R_A_TOV of 10 s asks for."""
         self._kernel = kernel
         self._parents = parents
-        self._state = state
+        self._files = OwnFiles(state)
         self._log = log
         self._patience = patience
         self._said: str | None = None
@@ -260,23 +260,19 @@ class Vports:
     def _remember(self, identity: PortIdentity, vport: Vport | None = None) -> None:
         """Before it is made: should we die before it has a name, we know it for ours.  And after, which one it is:
         the kernel gives no vport's name twice."""
-        note = self._note(identity.wwpn)
-        with contextlib.suppress(OSError):
-            note.parent.mkdir(parents=True, exist_ok=True)
-            temporary = note.with_suffix(".new")
-            temporary.write_text(json.dumps(_noted(identity) | ({} if vport is None else {"vport": vport.name})))
-            temporary.replace(note)
+        text = json.dumps(_noted(identity) | ({} if vport is None else {"vport": vport.name}))
+        try:
+            self._files.write(_note(identity), text)
+        except OSError as error:
+            self._log.warning("cannot note the vport", path=error.filename, reason=error.strerror)
 
     def _forget(self, identity: PortIdentity) -> None:
         with contextlib.suppress(OSError):
-            os.unlink(self._note(identity.wwpn))
-
-    def _note(self, wwpn: Wwn) -> Path:
-        return self._state / f"vport-{wwpn.pack().hex()}.json"
+            self._files.remove(_note(identity))
 
     def _was_making(self, vport: Vport, identity: PortIdentity) -> bool:
         try:
-            note = json.loads(self._note(identity.wwpn).read_text())
+            note = json.loads(self._files.read(_note(identity)))
         except (OSError, ValueError):
             return False
         return note in (_noted(identity), _noted(identity) | {"vport": vport.name})
@@ -365,6 +361,10 @@ class Vports:
         if message != self._said:
             self._said = message
             self._log.warning(message)
+
+
+def _note(identity: PortIdentity) -> str:
+    return f"vport-{identity.wwpn.pack().hex()}.json"
 
 
 def _noted(identity: PortIdentity) -> dict[str, str]:
