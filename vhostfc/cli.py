@@ -411,7 +411,14 @@ def _helper(options: argparse.Namespace) -> int:
         else:
             listener = listening_socket(options.socket, user.pw_gid)
         Notifier.from_environment().ready("the helper of adapters on an HBA")
-        await run_helper(listener, LinuxKernel(), etc=options.etc, users={user.pw_uid}, log=logger)
+        await run_helper(
+            listener,
+            LinuxKernel(),
+            etc=options.etc,
+            notes=options.socket.parent,
+            users={user.pw_uid},
+            log=logger,
+        )
 
     return _daemon(serve, logger)
 
