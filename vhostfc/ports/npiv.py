@@ -12,7 +12,6 @@ until dev_loss seconds have passed.  Both are the kernel's timers; we set them.
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import os
 import re
@@ -42,6 +41,7 @@ from vhostfc.ports.base import (
 )
 from vhostfc.ports.fcevents import FcEvent, FcEventCode, Hint, Uevent
 from vhostfc.ports.kernel import Kernel
+from vhostfc.ports.npiv_care import Care
 from vhostfc.ports.npiv_commands import Commands
 from vhostfc.ports.npiv_paths import Paths
 from vhostfc.ports.npiv_survey import Survey
@@ -213,12 +213,11 @@ class NpivPort:
         self._kernel = kernel
         self._sysfs = kernel.sysfs
         self._nursery = nursery
-        self._dev_loss, self._fast_io_fail = dev_loss, fast_io_fail
+        self._care = Care(kernel, dev_loss=dev_loss, fast_io_fail=fast_io_fail, log=log)
         self._log = log
         self._topology = Topology(PortState.LOGGING_IN, 0, None)
         self._luns: dict[Unit, Lun] = {}
         self._rports: dict[Wwn, Rport] = {}
-        self._set: set[str] = set()
         self._subscribers: list[Subscriber] = []
         self._look = trio.Event()
         self._changed = trio.Event()
@@ -353,7 +352,7 @@ class NpivPort:
             if self._sysfs.vport(self.vport.name) is None:
                 self._log.error("the vport is gone; making it anew", vport=self.vport.name)
                 self.vport = await self._again()
-                self._set.clear()
+                self._care.begin_anew()
 
     async def _again(self) -> Vport:
         while True:
@@ -404,7 +403,7 @@ class NpivPort:
                 self._changed = trio.Event()
             elif self._paths.wanting:
                 await self._paths.look_again()
-            await self._set_timers()
+            await self._care.look(self._rports.values())
 
     def _read(self) -> Topology:
         vport = self._sysfs.vport(self.vport.name)
@@ -445,36 +444,6 @@ class NpivPort:
     def _say(self, topology: Topology) -> None:
         if topology.state is not self._topology.state:
             self._log.info("the vport is", state=topology.state.value, vport=self.vport.name)
-
-    # ---------------------------------------------------------------- timers
-
-    async def _set_timers(self) -> None:
-        """dev_loss_tmo and fast_io_fail_tmo of each remote port, once: a new one has the kernel's own."""
-        for rport in self._rports.values():
-            if rport.state == "Online" and rport.name not in self._set:
-                self._set.add(rport.name)
-                await self._set_timers_of(rport)
-
-    async def _set_timers_of(self, rport: Rport) -> None:
-        # fast_io_fail_tmo must be less than dev_loss_tmo at any moment, and set where that is more than 600 s.
-        steps = [("fast_io_fail_tmo", "off"), ("dev_loss_tmo", f"{min(self._dev_loss, 600)}")]
-        steps += [("fast_io_fail_tmo", f"{self._fast_io_fail}"), ("dev_loss_tmo", f"{self._dev_loss}")]
-        at = self._sysfs.of_class("fc_remote_ports") / rport.name
-        if self._sysfs.number(at / "dev_loss_tmo") > 600:
-            del steps[0]  # it must not be off now, and is set
-        for name, wanted in steps:
-            if self._sysfs.text(at / name) == wanted:
-                continue
-            try:
-                await self._kernel.write(at / name, wanted.encode())
-            except OSError as error:
-                if error.errno == errno.EBUSY:  # it has just been blocked: when it is back
-                    self._set.discard(rport.name)
-                    return
-                if error.errno not in {errno.ENOENT, errno.ENODEV}:
-                    self._log.warning(
-                        "cannot set a timer", rport=rport.name, timer=name, seconds=wanted, reason=error.strerror
-                    )
 
 
 def _lost(remote: RemotePort) -> RemotePort:
