@@ -72,6 +72,10 @@ def bind(kernel: FakeKernel) -> None:
     (kernel._lun(next(iter(kernel.nodes.values()))) / "driver").symlink_to(driver)
 
 
+def give_up(kernel: FakeKernel) -> None:
+    kernel._set(kernel.root / "class/scsi_device/1:0:0:0/device/state", "offline")
+
+
 def lose_a_rule(kernel: FakeKernel) -> None:
     (kernel.root.parent / "etc/udev/rules.d/59-vhostfc.rules").unlink()
 
@@ -115,6 +119,7 @@ def multipath(kernel: FakeKernel) -> None:
         (npiv_off, "hba host0", Verdict.WRONG, "does no NPIV", "lpfc_enable_npiv=1"),
         (let_it_bind, "hands off", Verdict.WRONG, "binds its drivers", "vhostfc setup"),
         (bind, "hands off", Verdict.WRONG, "bound to this host's driver sd", "echo 1:0:0:0 > "),
+        (give_up, "unit 1:0:0:0", Verdict.WRONG, "error recovery", "echo running > "),
         (lose_a_rule, "rules", Verdict.MISSING, "59-vhostfc.rules", "vhostfc setup"),
         (edit_a_rule, "rules", Verdict.MISSING, "59-vhostfc.rules", "vhostfc setup"),
         (scan_by_hand, "scan", Verdict.WRONG, "scsi_mod.scan is manual", "echo async"),

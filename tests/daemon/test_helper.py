@@ -19,10 +19,12 @@ from tests.ports.contract import ME, OTHER
 from vhostfc.daemon.helped import HelpedKernel
 from vhostfc.daemon.helper import CONNECTIONS, Client, Helper, Share, listening_socket, run_helper
 from vhostfc.daemon.permits import unit_of
-from vhostfc.errors import VhostfcError
+from vhostfc.errors import LoginRefused, VhostfcError
 from vhostfc.fc.wwn import Wwn
 from vhostfc.ports.fcevents import FcEvent, Hint, Uevent
+from vhostfc.ports.npiv import NpivFabric
 from vhostfc.ports.sysfs import Lun
+from vhostfc.ports.vport import Parents
 
 LOG = structlog.get_logger()
 NAMES = f"{ME.wwpn:016x}:{ME.wwnn:016x}"
@@ -240,6 +242,28 @@ async def test_a_file_that_root_cannot_read_is_told(lab: Lab, monkeypatch: pytes
     monkeypatch.setattr(Path, "read_text", locked)
     with pytest.raises(PermissionError, match=r"cannot read .*etc/vm1\.toml: give it to root \(chown root:vhostfc"):
         await lab.helped.write(lab.path("class/fc_host/host0/vport_create"), NAMES.encode())
+
+
+async def test_an_administrator_reads_the_helpers_own_words(lab: Lab, tmp_path: Path) -> None:
+    kernel = HelpedKernel(lab.socket, "vm3", sys=lab.kernel.root)
+    with pytest.raises(LoginRefused, match=r"50:01.*on host0 .*: .*etc/vm3\.toml is not there: the helper works for"):
+        async with NpivFabric(kernel, Parents(), state=tmp_path / "state", log=LOG).login(ME):
+            pass
+    kernel = HelpedKernel(tmp_path / "nowhere.sock", "vm1", sys=lab.kernel.root)
+    with pytest.raises(LoginRefused, match=r"nowhere\.sock: .*is vhostfc-helper\.socket active"):
+        async with NpivFabric(kernel, Parents(), state=tmp_path / "state", log=LOG).login(ME):
+            pass
+
+
+async def test_a_unit_is_set_running_when_it_is_offline_only(lab: Lab) -> None:
+    await settled(lab)
+    at = lab.path("class/scsi_device/1:0:0:0/device/state")
+    for text in (b"offline", b"running"):
+        with pytest.raises(PermissionError, match=r"not a value|not offline"):
+            await lab.helped.write(at, text)
+    lab.kernel._set(at, "offline")
+    await lab.helped.write(at, b"running")
+    assert at.read_text() == "running\n"
 
 
 async def test_who_has_not_said_who_it_is_gets_nothing(lab: Lab) -> None:

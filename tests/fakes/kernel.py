@@ -134,12 +134,17 @@ class FakeKernel:
         self.targets = list(targets)
         #: What the switch says to a vport's login: accept, silent, no npiv, no resources, duplicate.
         self.verdict = "accept"
+        #: The state that every login at one physical port ends with.
+        self.refusing: dict[str, str] = {}
         #: The errno (or the short count, negative) that the next vport_create gives.
         self.next_create: int | None = None
         self.writes: list[tuple[str, str]] = []
         self.resets: list[tuple[str, int]] = []
         self.limit = 1310720
         self.locked = False
+        #: Units answer when they are set running.
+        self.recovered = trio.Event()
+        self.recovered.set()
         self._nursery = nursery
         self._listeners: list[trio.MemorySendChannel[Hint]] = []
         self._events = 0
@@ -396,6 +401,9 @@ class FakeKernel:
             "duplicate": "Fabric Rejected WWN",
             "silent": "Initializing",
         }
+        if vhost.parent.name in self.refusing:
+            self._state(vhost, self.refusing[vhost.parent.name])
+            return
         if self.verdict != "accept":
             # libfc does not look at why it is refused: it goes on trying.
             known = self.style != "fcoe" or self.verdict == "no npiv"
@@ -573,6 +581,13 @@ class FakeKernel:
         if unit is not None:
             (self._lun(node) / "vpd_pg83").write_bytes(unit.page_83)
 
+    async def _state_of_unit(self, text: str, hctl: str) -> None:
+        at = self.root / "class/scsi_device" / hctl / "device/state"
+        if text not in {"running", "offline"} or self._text(at) not in {"running", "offline"}:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        await self.recovered.wait()  # the kernel asks it who it is
+        self._set(at, text)
+
     def _remove_node(self, node: _Node) -> None:
         name = next(name for name, one in self.nodes.items() if one is node)
         at = self._lun(node)
@@ -659,6 +674,7 @@ class FakeKernel:
         (r"class/scsi_host/(host\d+)/scan", _scan_file),
         (r"class/scsi_device/(\d+:\d+:\d+:\d+)/device/delete", _delete_unit),
         (r"class/scsi_device/(\d+:\d+:\d+:\d+)/device/rescan", _rescan_unit),
+        (r"class/scsi_device/(\d+:\d+:\d+:\d+)/device/state", _state_of_unit),
         (r"bus/scsi/drivers_autoprobe", _autoprobe),
     )
 

@@ -10,6 +10,7 @@ import pytest
 import structlog
 import trio
 import trio.testing
+from structlog.testing import capture_logs
 
 from tests.fakes.array import FakeTarget, FakeUnit
 from tests.fakes.kernel import FakeKernel
@@ -32,7 +33,7 @@ from vhostfc.ports.npiv_commands import clamped, result_of
 from vhostfc.ports.npiv_paths import MASK, NpivPath, shares, transfer_limit
 from vhostfc.ports.sg import CHANGER, TAPE, SgOutcome, cdb_of, timeouts
 from vhostfc.ports.sysfs import Lun
-from vhostfc.ports.vport import Parents
+from vhostfc.ports.vport import ADVICE, Parents
 
 ARRAY = Wwn(0x5006_0160_0000_0001)
 UNIT = Unit(ARRAY, lun(0))
@@ -613,6 +614,100 @@ async def test_a_logout_leaves_what_somebody_else_made_meanwhile(lab: Lab) -> No
         await trio.sleep(0.1)
     assert [vport.symbolic_name for vport in lab.kernel.sysfs.vports()] == ["libvirt web7"]
     assert not [path for path, _ in lab.kernel.writes if path.endswith("vport_delete")]
+
+
+@pytest.mark.parametrize("now", ["No Fabric Support", "Fabric Rejected WWN", "Fabric Logout"])
+async def test_a_vport_that_is_thrown_out_is_told_and_logged_in_elsewhere(
+    tmp_path: Path, nursery: trio.Nursery, now: str
+) -> None:
+    lab = Lab(tmp_path, nursery)
+    lab.kernel = FakeKernel(tmp_path / "two", nursery, lab.array, hosts=2, style="lpfc")
+    with capture_logs() as logs:
+        async with lab.fabric(patience=0.3).login(ME) as port:
+            assert isinstance(port, NpivPort)
+            first = port.vport
+            if now == "Fabric Logout":  # another login of the same port mends that
+                lab.kernel._state(lab.vhost, now)  # type: ignore[arg-type]
+            else:
+                lab.kernel.refusing["host0"] = now
+                lab.kernel._state(lab.vhost, now)  # type: ignore[arg-type]
+            await until(port, lambda: state(port) is not RemotePortState.ONLINE)
+            await until(port, lambda: state(port) is RemotePortState.ONLINE and bool(list(port.units_of(ARRAY))))
+            assert (port.vport.parent == first.parent) == (now == "Fabric Logout")
+            assert await port.execute(UNIT, TUR) == ScsiResult(Outcome.COMPLETE)
+    told = [log for log in logs if log["event"] == "the vport is" and log["state"] == now]
+    assert told[0]["advice"] == ADVICE[now]
+    assert told[0]["log_level"] == "warning"
+    assert list(lab.kernel.sysfs.vports()) == []
+
+
+async def test_a_vport_that_somebody_has_disabled_is_left_so(lab: Lab) -> None:
+    with capture_logs() as logs:
+        async with lab.fabric(patience=0.1).login(ME) as port:
+            assert isinstance(port, NpivPort)
+            name = port.vport.name
+            disable = lab.kernel.sysfs.of_class("fc_vports") / name / "vport_disable"
+            await lab.kernel.write(disable, b"1")
+            await trio.sleep(2)
+            assert [vport.state for vport in lab.kernel.sysfs.vports()] == ["Disabled"]
+            await lab.kernel.write(disable, b"0")
+            await until(port, lambda: state(port) is RemotePortState.ONLINE)
+            assert port.vport.name == name
+    assert any(log.get("advice") == ADVICE["Disabled"] for log in logs)
+
+
+# ---------------------------------------------------------------- units that the kernel gives up
+
+
+def give_up(lab: Lab) -> None:
+    """As the kernel's error recovery does."""
+    for node in lab.kernel.nodes.values():
+        lab.kernel._set(lab.kernel._lun(node) / "state", "offline")
+
+
+def started(lab: Lab) -> list[str]:
+    return [path for path, text in lab.kernel.writes if path.endswith("device/state") and text == "running"]
+
+
+async def test_a_unit_that_the_kernel_gave_up_is_set_running_again(lab: Lab) -> None:
+    with capture_logs() as logs:
+        async with lab.fabric(survey=1000.0).login(ME) as port:
+            assert isinstance(port, NpivPort)
+            await ready(port, UNIT)
+            give_up(lab)
+            assert await port.execute(UNIT, TUR) == ScsiResult(Outcome.PATH_LOST)
+            with trio.fail_after(5):
+                while await port.execute(UNIT, TUR) != ScsiResult(Outcome.COMPLETE):
+                    await trio.sleep(0.05)
+            assert len(started(lab)) == 2
+            give_up(lab)  # and again: the next attempt has time
+            await trio.sleep(2.5)
+            assert len(started(lab)) == 2
+    events = [log["event"] for log in logs]
+    assert len([event for event in events if "the kernel has set a unit offline" in event]) == 2
+    assert events.count("set a unit running again") == 2
+
+
+async def test_a_unit_is_not_set_running_where_nobody_is(lab: Lab, port: NpivPort) -> None:
+    lab.kernel.lose(lab.vhost, lab.array)  # type: ignore[arg-type]
+    await until(port, lambda: state(port) is RemotePortState.BLOCKED)
+    give_up(lab)
+    await port.reconcile()
+    await trio.sleep(0.1)
+    assert started(lab) == []
+
+
+async def test_a_unit_that_does_not_answer_keeps_nobody_waiting(lab: Lab, port: NpivPort) -> None:
+    lab.kernel.recovered = trio.Event()
+    give_up(lab)
+    with trio.fail_after(5):
+        while not started(lab):
+            await port.reconcile()
+            await trio.sleep(0.05)
+        for _ in range(3):
+            await port.reconcile()
+    assert len(started(lab)) == 1, "one at a time"
+    lab.kernel.recovered.set()
 
 
 async def test_a_host_that_would_use_the_units_is_refused(lab: Lab) -> None:

@@ -82,7 +82,7 @@ def examine(root: Path, facts: Facts) -> Iterator[Finding]:
     yield from _hands_off(root, sysfs)
     vports = list(sysfs.vports())
     yield from _vports(root, vports)
-    yield from _untouched(sysfs, vports)
+    yield from _units(sysfs, vports)
     yield from _rights(root, facts)
     yield from _qemu_findings(facts)
     yield from _memory(root)
@@ -158,9 +158,17 @@ def _hands_off(root: Path, sysfs: Sysfs) -> Iterator[Finding]:
         yield Finding("multipath", Verdict.NOTE, "multipathd runs, and does not know of vports' units", mend)
 
 
-def _untouched(sysfs: Sysfs, vports: list[Vport]) -> Iterator[Finding]:
+def _units(sysfs: Sysfs, vports: list[Vport]) -> Iterator[Finding]:
     for vport in vports:
         for lun in sysfs.luns(vport.host) if vport.host else ():
+            if lun.state == "offline":
+                mend = (
+                    f"look for its error in the kernel's log; echo running > {sysfs.root}/class/scsi_device/{lun.hctl}"
+                )
+                says = (
+                    f"{lun.hctl} of {vport.name} was given up by the kernel's error recovery, and fails every command"
+                )
+                yield Finding(f"unit {lun.hctl}", Verdict.WRONG, says, f"{mend}/device/state")
             if lun.driver is not None:
                 mend = f"echo {lun.hctl} > /sys/bus/scsi/drivers/{lun.driver}/unbind"
                 says = f"{lun.hctl} of {vport.name} is bound to this host's driver {lun.driver}"

@@ -28,6 +28,7 @@ LEVELS = tuple(level | SG_SCSI_RESET_NO_ESCALATE for level in (SG_SCSI_RESET_DEV
 _NAMES = r"[0-9a-f]{16}:[0-9a-f]{16}"
 _HCTL = r"\d+:\d+:\d+:\d+"
 _VPORT_NAME = r"class/fc_vports/vport-[\d:-]+/symbolic_name"
+_STATE = rf"class/scsi_device/{_HCTL}/device/state"
 #: Files that make or delete vports, and files below a vport, each with what may be written there.
 _MAKING = re.compile(r"class/(?:fc_host|scsi_host)/(host\d+)/vport_(create|delete)")
 _BELOW: tuple[tuple[str, str], ...] = (
@@ -37,6 +38,7 @@ _BELOW: tuple[tuple[str, str], ...] = (
     (r"class/fc_remote_ports/rport-[\d:-]+/fast_io_fail_tmo", r"\d{1,4}|off"),
     (r"class/scsi_host/host\d+/scan", r"[-0] (-|\d{1,5}) (-|\d{1,10})"),
     (rf"class/scsi_device/{_HCTL}/device/(delete|rescan)", r"1"),
+    (_STATE, r"running"),
 )
 
 
@@ -110,6 +112,8 @@ def check_write(sysfs: Sysfs, adapter: Adapter, relative: str, data: str, made: 
             vport = below_a_vport(sysfs, adapter, sysfs.root / relative)
             if pattern == _VPORT_NAME and data != adapter.symbolic_name(vport):
                 raise Refused(f"{adapter.name} is no {data!r}")
+            if pattern == _STATE and sysfs.text(sysfs.root / relative) != "offline":
+                raise Refused(f"{relative} is not offline")
             return sysfs.root / relative
     raise Refused(f"{relative} is not written here")
 

@@ -48,7 +48,7 @@ from vhostfc.ports.npiv_survey import Survey
 from vhostfc.ports.ownfiles import OwnFiles
 from vhostfc.ports.subscriber import Subscriber
 from vhostfc.ports.sysfs import Lun, Rport, Vport
-from vhostfc.ports.vport import Parents, Vports
+from vhostfc.ports.vport import ACTIVE, ADVICE, FINAL, WAITING, Parents, Vports
 
 #: Between looks at sysfs without a hint, seconds.
 LOOK = 1.0
@@ -152,6 +152,7 @@ class NpivFabric:
                         workers=self._workers,
                         command_timeout=self._command_timeout,
                         survey=self._survey,
+                        patience=self._patience,
                         log=log,
                     )
                     await port.begin(hints)
@@ -205,6 +206,7 @@ class NpivPort:
         workers: int,
         command_timeout: float,
         survey: float,
+        patience: float,
         log: structlog.typing.FilteringBoundLogger,
     ) -> None:
         self._identity = identity
@@ -213,7 +215,7 @@ class NpivPort:
         self._kernel = kernel
         self._sysfs = kernel.sysfs
         self._nursery = nursery
-        self._care = Care(kernel, dev_loss=dev_loss, fast_io_fail=fast_io_fail, log=log)
+        self._care = Care(kernel, dev_loss=dev_loss, fast_io_fail=fast_io_fail, serve=self._serve, log=log)
         self._log = log
         self._topology = Topology(PortState.LOGGING_IN, 0, None)
         self._luns: dict[Unit, Lun] = {}
@@ -224,6 +226,10 @@ class NpivPort:
         self._reconciling = trio.Lock()
         self._host: str | None = None
         self._moved = False
+        self._patience = patience
+        self._vport_state: str | None = None
+        self._said: str | None = None
+        self._ails_since: float | None = None
         self._paths = Paths(
             kernel,
             workers=workers,
@@ -349,10 +355,28 @@ class NpivPort:
                 await trio.sleep(SETTLE)
             self._look = trio.Event()
             await self.reconcile()
-            if self._sysfs.vport(self.vport.name) is None:
+            vport = self._sysfs.vport(self.vport.name)
+            if vport is None:
                 self._log.error("the vport is gone; making it anew", vport=self.vport.name)
-                self.vport = await self._again()
-                self._care.begin_anew()
+            elif not self._ails(vport):
+                continue
+            self.vport = await self._again()
+            self._ails_since = None
+            self._care.begin_anew()
+
+    def _ails(self, vport: Vport) -> bool:
+        """Has it been logged out for so long that it needs help?  Not while it waits for a link, or is disabled."""
+        parent = self._sysfs.host(vport.parent)
+        if vport.state in {ACTIVE, *WAITING} or parent is None or parent.state != "Online":
+            self._ails_since = None
+            return False
+        if self._ails_since is None:
+            self._ails_since = trio.current_time()
+        patience = self._patience / 10 if vport.state in FINAL else self._patience
+        if trio.current_time() - self._ails_since <= patience:
+            return False
+        self._log.error("the vport does not come back by itself", vport=vport.name, vport_state=vport.state)
+        return True
 
     async def _again(self) -> Vport:
         while True:
@@ -360,6 +384,7 @@ class NpivPort:
                 return await self._vports.acquire(self._identity)
             except LoginRefused as error:
                 self._log.error("cannot log in", reason=str(error))
+            await self.reconcile()
             await trio.sleep(10 * LOOK)
 
     async def _listen(self, hints: trio.MemoryReceiveChannel[Hint]) -> None:
@@ -393,8 +418,8 @@ class NpivPort:
         """Read sysfs, and make up the difference."""
         async with self._reconciling:
             topology = self._read()
+            self._say()
             if topology != self._topology or self._moved:
-                self._say(topology)
                 self._topology = topology
                 self._commands.look_again()
                 await self._paths.look_again()
@@ -403,12 +428,13 @@ class NpivPort:
                 self._changed = trio.Event()
             elif self._paths.wanting:
                 await self._paths.look_again()
-            await self._care.look(self._rports.values())
+            await self._care.look(self.rports(), list(self._luns.values()))
 
     def _read(self) -> Topology:
         vport = self._sysfs.vport(self.vport.name)
         host = self._sysfs.host(vport.host) if vport is not None and vport.host is not None else None
         before, self._moved = self._luns, False
+        self._vport_state = vport.state if vport is not None else None
         if vport is None or host is None:
             remotes = tuple(_lost(remote) for remote in self._topology.remote_ports)
             return Topology(PortState.LINK_DOWN, 0, None, remotes)
@@ -441,9 +467,16 @@ class NpivPort:
         units = tuple(unit for unit in self._luns if unit.wwpn == rport.wwpn)
         return RemotePort(rport.wwpn, rport.wwnn, rport.port_id, there, tuple(sorted(units)))
 
-    def _say(self, topology: Topology) -> None:
-        if topology.state is not self._topology.state:
-            self._log.info("the vport is", state=topology.state.value, vport=self.vport.name)
+    def _say(self) -> None:
+        """What has become of the vport, as the kernel calls it, and what to do about it."""
+        state, before = self._vport_state, self._said
+        self._said = state
+        if state == before:
+            return
+        if state == ACTIVE:
+            self._log.info("the vport is", state=state, vport=self.vport.name)
+        elif state is not None:
+            self._log.warning("the vport is", state=state, vport=self.vport.name, advice=ADVICE.get(state))
 
 
 def _lost(remote: RemotePort) -> RemotePort:

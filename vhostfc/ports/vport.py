@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,11 +115,15 @@ ADVICE = {
 }
 #: States that waiting does not mend.
 FINAL = ("No Fabric Support", "No Fabric Resources", "Fabric Rejected WWN", "VPort Failed")
+#: States that wait for somebody else: a link, or whoever has disabled the vport.
+WAITING = ("Linkdown", "Disabled")
 
 
 def _refusal(error: OSError, host: FcHost, identity: PortIdentity) -> str:
     """A failed vport_create, for an administrator."""
     who = f"{identity.wwpn} on {host}"
+    if error.errno is not None and error.strerror != os.strerror(error.errno):
+        return f"{who}: {error.strerror}"  # the helper's own words
     match error.errno:
         case errno.EINVAL:
             return f"{who}: the driver does not take the name; is the WWPN in use here already, or the HBA's own?"
