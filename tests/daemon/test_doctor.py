@@ -67,9 +67,7 @@ def let_it_bind(kernel: FakeKernel) -> None:
 
 
 def bind(kernel: FakeKernel) -> None:
-    driver = kernel.root / "bus/scsi/drivers/sd"
-    driver.mkdir(parents=True)
-    (kernel._lun(next(iter(kernel.nodes.values()))) / "driver").symlink_to(driver)
+    kernel.bind("1:0:0:0")
 
 
 def give_up(kernel: FakeKernel) -> None:

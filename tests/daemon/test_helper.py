@@ -266,6 +266,19 @@ async def test_a_unit_is_set_running_when_it_is_offline_only(lab: Lab) -> None:
     assert at.read_text() == "running\n"
 
 
+async def test_a_unit_is_taken_from_a_driver_of_the_host(lab: Lab) -> None:
+    await settled(lab)
+    lab.kernel.bind("1:0:0:0")
+    unbind = lab.path("bus/scsi/drivers/sd/unbind")
+    for text in (b"0:0:0:0", b"1:0:0:9", b"all"):
+        with pytest.raises(PermissionError, match=r"not a value|belongs to no vport"):
+            await lab.helped.write(unbind, text)
+    with pytest.raises(PermissionError, match=r"belongs to no vport of vm2"):
+        await lab.other().write(unbind, b"1:0:0:0")
+    await lab.helped.write(unbind, b"1:0:0:0")
+    assert [lun.driver for lun in lab.kernel.sysfs.luns("host1")] == [None]
+
+
 async def test_who_has_not_said_who_it_is_gets_nothing(lab: Lab) -> None:
     answer = await lab.helper.answer(Client(None, Share()), b'{"reset": "1:0:0:0", "level": 257}')
     assert answer == {"ok": False, "errno": errno.EPERM, "error": "expected the adapter's name first"}

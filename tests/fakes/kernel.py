@@ -571,6 +571,8 @@ class FakeKernel:
             self._uevent("add", at, "scsi")
             self._class(at, "scsi_generic", name, {})
             self._uevent("add", at / "scsi_generic" / name, "scsi_generic")
+            if self._text(self.root / "bus/scsi/drivers_autoprobe") == "1":
+                self.bind(hctl)
 
     async def _delete_unit(self, _text: str, hctl: str) -> None:
         self._remove_node(next(node for node in self.nodes.values() if node.hctl == hctl))
@@ -580,6 +582,19 @@ class FakeKernel:
         unit = node.target.visible(node.host.wwpn).get(node.number)
         if unit is not None:
             (self._lun(node) / "vpd_pg83").write_bytes(unit.page_83)
+
+    def bind(self, hctl: str, name: str = "sd") -> None:
+        """A driver of the host's takes a unit."""
+        driver = self.root / "bus/scsi/drivers" / name
+        self._put(driver / "unbind", "")
+        (self.root / "class/scsi_device" / hctl / "device/driver").symlink_to(driver)
+
+    async def _unbind(self, text: str, name: str) -> None:
+        link = self.root / "class/scsi_device" / text / "device/driver"
+        if not link.is_symlink() or link.resolve().name != name:
+            raise OSError(errno.ENODEV, os.strerror(errno.ENODEV))
+        await self.recovered.wait()  # sd has it write its cache out
+        link.unlink()
 
     async def _state_of_unit(self, text: str, hctl: str) -> None:
         at = self.root / "class/scsi_device" / hctl / "device/state"
@@ -675,6 +690,7 @@ class FakeKernel:
         (r"class/scsi_device/(\d+:\d+:\d+:\d+)/device/delete", _delete_unit),
         (r"class/scsi_device/(\d+:\d+:\d+:\d+)/device/rescan", _rescan_unit),
         (r"class/scsi_device/(\d+:\d+:\d+:\d+)/device/state", _state_of_unit),
+        (r"bus/scsi/drivers/(\w+)/unbind", _unbind),
         (r"bus/scsi/drivers_autoprobe", _autoprobe),
     )
 

@@ -495,6 +495,46 @@ async def test_a_unit_that_it_takes_away_is_taken_out(lab: Lab, port: NpivPort) 
     assert ("class/scsi_device/1:0:0:1/device/delete", "1") in lab.kernel.writes
 
 
+async def test_nobodys_attention_is_taken_by_asking(lab: Lab, port: NpivPort) -> None:
+    """TEST UNIT READY would report one that the guest waits for; INQUIRY does not (SAM-5 5.14)."""
+    whole, asked = lab.array.run, set()
+
+    def watch(initiator: Wwn, number: int, cdb: bytes, data: bytes) -> Done:
+        asked.add((number, cdb[0]))
+        if cdb[0] == 0xA0:
+            return Done(data=(8).to_bytes(4, "big") + bytes(4) + lun(0))
+        return whole(initiator, number, cdb, data)
+
+    lab.array.run = watch  # type: ignore[method-assign]
+    with trio.fail_after(5):
+        while (1, 0x12) not in asked:
+            await trio.sleep(0.05)
+    await trio.sleep(0.5)
+    assert {opcode for _, opcode in asked} == {0x12, 0xA0}
+    assert len(list(port.units_of(ARRAY))) == 2
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        Done(data=bytes([0x7F]) + bytes(35)),
+        Done(data=bytes([0x20]) + bytes(35)),
+        Done(2, sense=bytes.fromhex("70000500000000 0a 00000000 2500 00000000")),
+    ],
+)
+async def test_a_unit_that_says_it_is_not_there_is_gone(lab: Lab, port: NpivPort, answer: Done) -> None:
+    """By the peripheral qualifier, as SPC has it, or by the error that some give."""
+    whole = lab.array.run
+
+    def gone(initiator: Wwn, number: int, cdb: bytes, data: bytes) -> Done:
+        if cdb[0] == 0xA0:
+            return Done(data=(8).to_bytes(4, "big") + bytes(4) + lun(0))
+        return answer if number else whole(initiator, number, cdb, data)
+
+    lab.array.run = gone  # type: ignore[method-assign]
+    await until(port, lambda: len(list(port.units_of(ARRAY))) == 1)
+
+
 async def test_a_unit_that_a_list_forgets_but_that_answers_stays(lab: Lab, port: NpivPort) -> None:
     whole = lab.array.run
 
@@ -717,6 +757,72 @@ async def test_a_host_that_would_use_the_units_is_refused(lab: Lab) -> None:
             pass
     async with lab.fabric(guard=False).login(ME):
         pass
+
+
+def drivers(lab: Lab) -> set[str | None]:
+    vhost = lab.vhost.name  # type: ignore[attr-defined]
+    return {lun.driver for lun in lab.kernel.sysfs.luns(vhost)}
+
+
+async def test_units_that_this_host_has_taken_are_taken_back(lab: Lab) -> None:
+    """A vport that was left behind, adopted by an adapter: meanwhile a driver has its units."""
+    async with lab.fabric(keep=True).login(ME):
+        pass
+    for node in lab.kernel.nodes.values():
+        lab.kernel.bind(node.hctl)
+    with capture_logs() as logs:
+        async with lab.fabric().login(ME) as port:
+            assert isinstance(port, NpivPort)
+            with trio.fail_after(5):
+                while drivers(lab) != {None}:
+                    await trio.sleep(0.01)
+            await until(port, lambda: port.lun_of(UNIT) is not None and not port.kept_off(UNIT))
+            async with path_to(port, UNIT) as (_, changes):
+                await take_routed(changes)
+            assert await port.execute(UNIT, TUR) == ScsiResult(Outcome.COMPLETE)
+    told = [log for log in logs if "this host's driver had" in log["event"]]
+    assert {(log["driver"], log["log_level"]) for log in told} == {("sd", "error")}
+    assert len(told) == 2
+
+
+async def test_a_unit_that_this_host_does_not_give_back_is_not_used(lab: Lab, port: NpivPort) -> None:
+    async with path_to(port, UNIT) as (_, changes):
+        await take_routed(changes)
+        lab.kernel.recovered = trio.Event()  # the driver does not let go
+        for node in lab.kernel.nodes.values():
+            lab.kernel.bind(node.hctl)
+        await port.reconcile()
+        assert (await take(changes)).route.medium is None
+        assert await port.execute(UNIT, TUR) == ScsiResult(Outcome.PATH_LOST)
+        assert TUR not in lab.array.units[0].seen
+        lab.kernel.recovered.set()
+        await take_routed(changes)
+        assert await port.execute(UNIT, TUR) == ScsiResult(Outcome.COMPLETE)
+
+
+async def test_without_its_guard_it_only_warns(lab: Lab) -> None:
+    await lab.kernel.write(lab.kernel.root / "bus/scsi/drivers_autoprobe", b"1")
+    with capture_logs() as logs:
+        async with lab.fabric(guard=False).login(ME) as port:
+            await ready(port, UNIT)
+            await trio.sleep(1.2)
+            assert drivers(lab) == {"sd"}
+            assert await port.execute(UNIT, TUR) == ScsiResult(Outcome.COMPLETE)
+    assert [log["log_level"] for log in logs if "this host's driver had" in log["event"]] == ["warning"] * 2
+
+
+async def test_hands_that_are_let_loose_later_are_told_once(lab: Lab) -> None:
+    with capture_logs() as logs:
+        async with lab.fabric().login(ME) as port:
+            assert isinstance(port, NpivPort)
+            await lab.kernel.write(lab.kernel.root / "bus/scsi/drivers_autoprobe", b"1")
+            for _ in range(3):
+                await port.reconcile()
+            lab.array.units[7] = FakeUnit(bytearray(4096), b"new")
+            seven = Unit(ARRAY, lun(7))
+            await until(port, lambda: seven in set(port.units_of(ARRAY)) and not port.kept_off(seven))
+            assert await port.execute(seven, TUR) == ScsiResult(Outcome.COMPLETE)
+    assert len([log for log in logs if "vhostfc setup" in log["event"]]) == 1
 
 
 async def test_another_disk_in_the_place_is_another_disk(lab: Lab, port: NpivPort) -> None:

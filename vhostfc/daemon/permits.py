@@ -31,6 +31,7 @@ _VPORT_NAME = r"class/fc_vports/vport-[\d:-]+/symbolic_name"
 _STATE = rf"class/scsi_device/{_HCTL}/device/state"
 #: Files that make or delete vports, and files below a vport, each with what may be written there.
 _MAKING = re.compile(r"class/(?:fc_host|scsi_host)/(host\d+)/vport_(create|delete)")
+_UNBIND = re.compile(r"bus/scsi/drivers/[\w-]+/unbind")
 _BELOW: tuple[tuple[str, str], ...] = (
     (_VPORT_NAME, r"vhostfc [^\0\n]+"),
     (r"class/fc_vports/vport-[\d:-]+/vport_disable", r"[01]"),
@@ -104,6 +105,11 @@ def check_write(sysfs: Sysfs, adapter: Adapter, relative: str, data: str, made: 
     making = _MAKING.fullmatch(relative)
     if making:
         _check_names(sysfs, adapter, making[1], making[2], data, made)
+        return sysfs.root / relative
+    if _UNBIND.fullmatch(relative):  # a driver of this host has a unit of the adapter's
+        if not re.fullmatch(_HCTL, data):
+            raise Refused(f"not a value for {relative}")
+        below_a_vport(sysfs, adapter, sysfs.of_class("scsi_device") / data)
         return sysfs.root / relative
     for pattern, values in _BELOW:
         if re.fullmatch(pattern, relative):

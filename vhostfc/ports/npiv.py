@@ -25,6 +25,7 @@ import trio
 from vhostfc.errors import LoginRefused
 from vhostfc.fc.wwn import Wwn
 from vhostfc.ports.base import (
+    Outcome,
     Path,
     Port,
     PortEvent,
@@ -41,7 +42,7 @@ from vhostfc.ports.base import (
 )
 from vhostfc.ports.fcevents import FcEvent, FcEventCode, Hint, Uevent
 from vhostfc.ports.kernel import Kernel
-from vhostfc.ports.npiv_care import Care
+from vhostfc.ports.npiv_care import HANDS_OFF, Care
 from vhostfc.ports.npiv_commands import Commands
 from vhostfc.ports.npiv_paths import Paths
 from vhostfc.ports.npiv_survey import Survey
@@ -122,13 +123,9 @@ class NpivFabric:
         """The host's own drivers must keep off: sd would read the units, and take the guest's unit attentions."""
         if not self._kernel.sysfs.autoprobe():
             return
-        message = (
-            "this host would attach the guest's units to itself: run `vhostfc setup`, which keeps its drivers off"
-            " vports' units and has its other disks found as before"
-        )
         if self._guard:
-            raise LoginRefused(message)
-        self._log.warning(message)
+            raise LoginRefused(HANDS_OFF)
+        self._log.warning(HANDS_OFF)
 
     @asynccontextmanager
     async def login(self, identity: PortIdentity) -> AsyncIterator[Port]:
@@ -153,6 +150,7 @@ class NpivFabric:
                         command_timeout=self._command_timeout,
                         survey=self._survey,
                         patience=self._patience,
+                        guard=self._guard,
                         log=log,
                     )
                     await port.begin(hints)
@@ -207,6 +205,7 @@ class NpivPort:
         command_timeout: float,
         survey: float,
         patience: float,
+        guard: bool,
         log: structlog.typing.FilteringBoundLogger,
     ) -> None:
         self._identity = identity
@@ -215,7 +214,7 @@ class NpivPort:
         self._kernel = kernel
         self._sysfs = kernel.sysfs
         self._nursery = nursery
-        self._care = Care(kernel, dev_loss=dev_loss, fast_io_fail=fast_io_fail, serve=self._serve, log=log)
+        self._care = Care(kernel, dev_loss=dev_loss, fast_io_fail=fast_io_fail, guard=guard, serve=self._serve, log=log)
         self._log = log
         self._topology = Topology(PortState.LOGGING_IN, 0, None)
         self._luns: dict[Unit, Lun] = {}
@@ -226,6 +225,7 @@ class NpivPort:
         self._reconciling = trio.Lock()
         self._host: str | None = None
         self._moved = False
+        self._hold = fast_io_fail
         self._patience = patience
         self._vport_state: str | None = None
         self._said: str | None = None
@@ -273,6 +273,12 @@ class NpivPort:
         self, unit: Unit, cdb: bytes, *, data_out: bytes = b"", data_in: int = 0, attribute: int = 0, tag: int = 0
     ) -> ScsiResult:
         """See the seam.  Linux's interface knows no task attributes: every command goes as SIMPLE."""
+        if self.kept_off(unit):
+            with trio.move_on_after(self._hold):
+                while self.kept_off(unit):
+                    await self.changed()
+            if self.kept_off(unit):
+                return ScsiResult(Outcome.PATH_LOST)
         return await self._commands.execute(unit, cdb, data_out, data_in, tag=tag)
 
     async def manage(self, unit: Unit, function: TaskManagement, tag: int | None = None) -> TaskManagementResponse:
@@ -314,9 +320,19 @@ class NpivPort:
     async def changed(self) -> None:
         await self._changed.wait()
 
+    def kept_off(self, unit: Unit) -> bool:
+        """Must nobody use it now, since a driver of this host has it?"""
+        lun = self.lun_of(unit)
+        return lun is not None and self._care.kept_off(lun)
+
     def _reachable(self, unit: Unit) -> Lun | None:
         lun = self.lun_of(unit)
-        if lun is None or lun.sg is None or self.state_of(unit.wwpn) is not RemotePortState.ONLINE:
+        if (
+            lun is None
+            or self._care.kept_off(lun)
+            or lun.sg is None
+            or self.state_of(unit.wwpn) is not RemotePortState.ONLINE
+        ):
             return None
         return lun
 
@@ -428,7 +444,7 @@ class NpivPort:
                 self._changed = trio.Event()
             elif self._paths.wanting:
                 await self._paths.look_again()
-            await self._care.look(self.rports(), list(self._luns.values()))
+            await self._care.look(list(self._rports.values()), list(self._luns.values()))
 
     def _read(self) -> Topology:
         vport = self._sysfs.vport(self.vport.name)
