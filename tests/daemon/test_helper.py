@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import structlog
 import trio
+from structlog.testing import capture_logs
 
 from tests.fakes.array import FakeTarget, FakeUnit
 from tests.fakes.kernel import FakeKernel
@@ -21,6 +22,7 @@ from vhostfc.daemon.helper import CONNECTIONS, Client, Helper, Share, listening_
 from vhostfc.daemon.permits import unit_of
 from vhostfc.errors import LoginRefused, VhostfcError
 from vhostfc.fc.wwn import Wwn
+from vhostfc.ports.base import PortIdentity, PortState
 from vhostfc.ports.fcevents import FcEvent, Hint, Uevent
 from vhostfc.ports.npiv import NpivFabric
 from vhostfc.ports.sysfs import Lun
@@ -253,6 +255,24 @@ async def test_an_administrator_reads_the_helpers_own_words(lab: Lab, tmp_path: 
     with pytest.raises(LoginRefused, match=r"nowhere\.sock: .*is vhostfc-helper\.socket active"):
         async with NpivFabric(kernel, Parents(), state=tmp_path / "state", log=LOG).login(ME):
             pass
+
+
+async def test_a_life_by_way_of_the_helper(lab: Lab, tmp_path: Path) -> None:
+    """All that an adapter writes in it is permitted."""
+    me = PortIdentity(ME.wwpn, ME.wwnn, "vhostfc vm1")
+    fabric = NpivFabric(lab.helped, Parents(), state=tmp_path / "state", log=LOG, survey=0.2)
+    with capture_logs() as logs:
+        async with fabric.login(me) as port:
+            assert [vport.symbolic_name for vport in lab.kernel.sysfs.vports()] == ["vhostfc vm1"]
+            assert port.snapshot().state is PortState.ONLINE
+            lab.kernel._set(lab.path("class/scsi_device/1:0:0:0/device/state"), "offline")
+            lab.kernel.bind("1:0:0:0")
+            await port.rescan()
+            with trio.fail_after(5):
+                while any((lun.state, lun.driver) != ("running", None) for lun in lab.kernel.sysfs.luns("host1")):
+                    await trio.sleep(0.01)
+    assert list(lab.kernel.sysfs.vports()) == []
+    assert [log for log in logs if log["event"] == "refused"] == []
 
 
 async def test_a_unit_is_set_running_when_it_is_offline_only(lab: Lab) -> None:

@@ -214,6 +214,8 @@ class Helper:
             answer = json.dumps(await self.answer(client, line)).encode() + b"\n"
             with trio.fail_after(PATIENCE):
                 await stream.send_all(answer)
+            if client.adapter is None:  # what else it has to say is of no use
+                return
 
     async def _watch(self, stream: trio.SocketStream) -> None:
         await stream.send_all(b'{"ok": true}\n')

@@ -79,7 +79,8 @@ class OwnFiles:
                 _give(fd, os.stat(self._path.parent))
             yield fd
         except OSError as error:
-            raise OSError(error.errno, error.strerror, str(self._path / name)) from error
+            why = "is a link; a file of this adapter's own should be there" if error.errno == errno.ELOOP else None
+            raise OSError(error.errno, why or error.strerror, str(self._path / name)) from error
         finally:
             os.close(fd)
 
