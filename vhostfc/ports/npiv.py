@@ -46,10 +46,11 @@ from vhostfc.ports.npiv_care import HANDS_OFF, Care
 from vhostfc.ports.npiv_commands import Commands
 from vhostfc.ports.npiv_paths import Paths
 from vhostfc.ports.npiv_survey import Survey
+from vhostfc.ports.npiv_watch import AGAIN, Watch
 from vhostfc.ports.ownfiles import OwnFiles
 from vhostfc.ports.subscriber import Subscriber
 from vhostfc.ports.sysfs import Lun, Rport, Vport
-from vhostfc.ports.vport import ACTIVE, ADVICE, FINAL, WAITING, Parents, Vports
+from vhostfc.ports.vport import Parents, Vports
 
 #: Between looks at sysfs without a hint, seconds.
 LOOK = 1.0
@@ -209,10 +210,9 @@ class NpivPort:
         log: structlog.typing.FilteringBoundLogger,
     ) -> None:
         self._identity = identity
-        self.vport = vport
-        self._vports = vports
         self._kernel = kernel
         self._sysfs = kernel.sysfs
+        self._watch = Watch(vport, vports, kernel.sysfs, identity, patience=patience, log=log)
         self._nursery = nursery
         self._care = Care(kernel, dev_loss=dev_loss, fast_io_fail=fast_io_fail, guard=guard, serve=self._serve, log=log)
         self._log = log
@@ -226,10 +226,6 @@ class NpivPort:
         self._host: str | None = None
         self._moved = False
         self._hold = fast_io_fail
-        self._patience = patience
-        self._vport_state: str | None = None
-        self._said: str | None = None
-        self._ails_since: float | None = None
         self._paths = Paths(
             kernel,
             workers=workers,
@@ -291,6 +287,11 @@ class NpivPort:
         """Nobody has latches here."""
 
     # ---------------------------------------------------------------- what is there
+
+    @property
+    def vport(self) -> Vport:
+        """The one that we have now, or had last."""
+        return self._watch.vport
 
     @property
     def host(self) -> str | None:
@@ -371,37 +372,11 @@ class NpivPort:
                 await trio.sleep(SETTLE)
             self._look = trio.Event()
             await self.reconcile()
-            vport = self._sysfs.vport(self.vport.name)
-            if vport is None:
-                self._log.error("the vport is gone; making it anew", vport=self.vport.name)
-            elif not self._ails(vport):
-                continue
-            self.vport = await self._again()
-            self._ails_since = None
-            self._care.begin_anew()
-
-    def _ails(self, vport: Vport) -> bool:
-        """Has it been logged out for so long that it needs help?  Not while it waits for a link, or is disabled."""
-        parent = self._sysfs.host(vport.parent)
-        if vport.state in {ACTIVE, *WAITING} or parent is None or parent.state != "Online":
-            self._ails_since = None
-            return False
-        if self._ails_since is None:
-            self._ails_since = trio.current_time()
-        patience = self._patience / 10 if vport.state in FINAL else self._patience
-        if trio.current_time() - self._ails_since <= patience:
-            return False
-        self._log.error("the vport does not come back by itself", vport=vport.name, vport_state=vport.state)
-        return True
-
-    async def _again(self) -> Vport:
-        while True:
-            try:
-                return await self._vports.acquire(self._identity)
-            except LoginRefused as error:
-                self._log.error("cannot log in", reason=str(error))
-            await self.reconcile()
-            await trio.sleep(10 * LOOK)
+            if self._watch.needs_help():
+                while not await self._watch.help():
+                    await self.reconcile()
+                    await trio.sleep(AGAIN)
+                self._care.begin_anew()
 
     async def _listen(self, hints: trio.MemoryReceiveChannel[Hint]) -> None:
         async for hint in hints:
@@ -434,7 +409,6 @@ class NpivPort:
         """Read sysfs, and make up the difference."""
         async with self._reconciling:
             topology = self._read()
-            self._say()
             if topology != self._topology or self._moved:
                 self._topology = topology
                 self._commands.look_again()
@@ -447,10 +421,9 @@ class NpivPort:
             await self._care.look(list(self._rports.values()), list(self._luns.values()))
 
     def _read(self) -> Topology:
-        vport = self._sysfs.vport(self.vport.name)
+        vport = self._watch.look()
         host = self._sysfs.host(vport.host) if vport is not None and vport.host is not None else None
         before, self._moved = self._luns, False
-        self._vport_state = vport.state if vport is not None else None
         if vport is None or host is None:
             remotes = tuple(_lost(remote) for remote in self._topology.remote_ports)
             return Topology(PortState.LINK_DOWN, 0, None, remotes)
@@ -482,17 +455,6 @@ class NpivPort:
             self._luns |= {Unit(rport.wwpn, lun.lun, lun.disk): lun for lun in luns if lun.sg is not None}
         units = tuple(unit for unit in self._luns if unit.wwpn == rport.wwpn)
         return RemotePort(rport.wwpn, rport.wwnn, rport.port_id, there, tuple(sorted(units)))
-
-    def _say(self) -> None:
-        """What has become of the vport, as the kernel calls it, and what to do about it."""
-        state, before = self._vport_state, self._said
-        self._said = state
-        if state == before:
-            return
-        if state == ACTIVE:
-            self._log.info("the vport is", state=state, vport=self.vport.name)
-        elif state is not None:
-            self._log.warning("the vport is", state=state, vport=self.vport.name, advice=ADVICE.get(state))
 
 
 def _lost(remote: RemotePort) -> RemotePort:
