@@ -43,7 +43,7 @@ from vhostfc.ports.base import (
 from vhostfc.ports.fcevents import FcEvent, FcEventCode, Hint, Uevent
 from vhostfc.ports.kernel import Kernel
 from vhostfc.ports.npiv_care import HANDS_OFF, Care
-from vhostfc.ports.npiv_commands import Commands
+from vhostfc.ports.npiv_commands import SAM_BUSY, Commands
 from vhostfc.ports.npiv_paths import Paths
 from vhostfc.ports.npiv_survey import Survey
 from vhostfc.ports.npiv_watch import AGAIN, Watch
@@ -225,7 +225,6 @@ class NpivPort:
         self._reconciling = trio.Lock()
         self._host: str | None = None
         self._moved = False
-        self._hold = fast_io_fail
         self._paths = Paths(
             kernel,
             workers=workers,
@@ -269,12 +268,8 @@ class NpivPort:
         self, unit: Unit, cdb: bytes, *, data_out: bytes = b"", data_in: int = 0, attribute: int = 0, tag: int = 0
     ) -> ScsiResult:
         """See the seam.  Linux's interface knows no task attributes: every command goes as SIMPLE."""
-        if self.kept_off(unit):
-            with trio.move_on_after(self._hold):
-                while self.kept_off(unit):
-                    await self.changed()
-            if self.kept_off(unit):
-                return ScsiResult(Outcome.PATH_LOST)
+        if self.kept_off(unit):  # as busy as a unit can be: whoever has it gives it back, or does not
+            return ScsiResult(Outcome.COMPLETE, SAM_BUSY, residual=max(len(data_out), data_in))
         return await self._commands.execute(unit, cdb, data_out, data_in, tag=tag)
 
     async def manage(self, unit: Unit, function: TaskManagement, tag: int | None = None) -> TaskManagementResponse:
