@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -101,6 +102,13 @@ def no_helper(kernel: FakeKernel) -> None:
     (kernel.root.parent / "run/vhostfc-helper/helper.sock").unlink()
 
 
+def lock_away(kernel: FakeKernel) -> None:
+    path = kernel.root.parent / "etc/vhostfc/vm1.toml"
+    path.chmod(0o600)
+    if os.geteuid() == 0:
+        os.chown(path, 65534, 65534)
+
+
 def no_adapter(kernel: FakeKernel) -> None:
     (kernel.root.parent / "etc/vhostfc/vm1.toml").unlink()
 
@@ -124,6 +132,7 @@ def multipath(kernel: FakeKernel) -> None:
         (no_sg, "module sg", Verdict.MISSING, "/dev/sg*", "modprobe sg"),
         (reject, "vport vport-0:0-0", Verdict.WRONG, "Fabric Rejected WWN", "invalid or for a duplicate"),
         (no_helper, "helper", Verdict.MISSING, "does not listen", "systemctl enable --now vhostfc-helper.socket"),
+        (lock_away, "helper", Verdict.WRONG, "cannot read", "chown root:vhostfc "),
         (no_adapter, "vport vport-0:0-0", Verdict.NOTE, "has no file any more", "vport_delete"),
         (multipath, "multipath", Verdict.NOTE, "does not know", "vhostfc setup"),
     ],

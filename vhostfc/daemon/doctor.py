@@ -14,6 +14,7 @@ import tomllib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from stat import S_IRGRP, S_IROTH, S_IRUSR
 
 from vhostfc.daemon import setup
 from vhostfc.fc.wwn import Wwn, WwnError
@@ -84,6 +85,7 @@ def examine(root: Path, facts: Facts) -> Iterator[Finding]:
     yield from _vports(root, vports)
     yield from _units(sysfs, vports)
     yield from _rights(root, facts)
+    yield from _files(root)
     yield from _qemu_findings(facts)
     yield from _memory(root)
 
@@ -192,6 +194,22 @@ def _vports(root: Path, vports: list[Vport]) -> Iterator[Finding]:
         else:
             advice = ADVICE.get(vport.state, "its state is unknown here")
             yield Finding(about, Verdict.WRONG, f"{who} is {vport.state}", advice)
+
+
+def _files(root: Path) -> Iterator[Finding]:
+    """The helper is root without the right to read everything (systemd/vhostfc-helper.service)."""
+    for path in sorted((root / "etc/vhostfc").glob("*.toml")):
+        try:
+            found = path.stat()
+        except OSError:
+            continue
+        if not (
+            (found.st_uid == 0 and found.st_mode & S_IRUSR)
+            or (found.st_uid and found.st_gid == 0 and found.st_mode & S_IRGRP)
+            or (found.st_uid and found.st_gid and found.st_mode & S_IROTH)
+        ):
+            mend = f"chown root:vhostfc {path}; chmod 640 {path}"
+            yield Finding("helper", Verdict.WRONG, f"it cannot read {path}, and does nothing for that adapter", mend)
 
 
 def _adapters(root: Path) -> set[Wwn]:

@@ -167,6 +167,8 @@ class NpivFabric:
                     with trio.move_on_after(LOGOUT) as scope:
                         scope.shield = True
                         await vports.delete(identity)
+                    if scope.cancelled_caught:
+                        log.error("the logout takes long; the kernel goes on with it", seconds=LOGOUT)
         if failure is not None:
             raise failure
 
