@@ -106,7 +106,7 @@ class Helper:
             self._log.info("write", adapter=adapter.name, file=relative, data=data)
             count = await self._kernel.write(path, data.encode())
             if path.name == "vport_create":
-                self._note_made(Wwn(int(data[:16], 16)))
+                self._note_made(path.parent.name, data)
         return {"count": count}
 
     # Some drivers' vports cannot be named, and what has no name may be anybody's.  So those that were made here are
@@ -121,10 +121,11 @@ class Helper:
         except OSError:
             return set()
 
-    def _note_made(self, wwpn: Wwn) -> None:
+    def _note_made(self, host: str, names: str) -> None:
         there = list(self._kernel.sysfs.vports())
         self._made &= {vport.name for vport in there}
-        self._made |= {vport.name for vport in there if vport.wwpn == wwpn}
+        made = (host, *(Wwn(int(part, 16)) for part in names.split(":")))
+        self._made |= {vport.name for vport in there if (vport.parent, vport.wwpn, vport.wwnn) == made}
         try:
             self._notes.write(NOTE, "\n".join(sorted(self._made)))
         except OSError as error:
@@ -132,8 +133,9 @@ class Helper:
 
     async def reset(self, client: Client, request: dict[str, Any]) -> dict[str, Any]:
         hctl, level = str(request["reset"]), request.get("level")
+        check_reset(self._kernel.sysfs, self._adapter(client), hctl, level)
         async with client.share.resets, self._alone(hctl):
-            adapter = self._adapter(client)
+            adapter = self._adapter(client)  # again: it has waited
             check_reset(self._kernel.sysfs, adapter, hctl, level)
             lun = self._kernel.sysfs.lun(hctl)
             if lun is None or not isinstance(level, int):
