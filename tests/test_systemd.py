@@ -27,7 +27,7 @@ SYSTEMD = Path(__file__).resolve().parent.parent / "systemd"
 SERVICES = ("vhostfc@.service", "vhostfc-fabric.service", "vhostfc-helper.service")
 UNITS = (*SERVICES, "vhostfc@.socket", "vhostfc-helper.socket")
 #: systemd-analyze's exposure, tenths of a point: 0 is safe, 100 is open; a service of a plain package has 96.
-EXPOSURE = {"vhostfc@.service": 6, "vhostfc-fabric.service": 10, "vhostfc-helper.service": 25}
+EXPOSURE = {"vhostfc@.service": 6, "vhostfc-fabric.service": 10, "vhostfc-helper.service": 26}
 
 
 def unit(name: str) -> configparser.ConfigParser:
@@ -100,6 +100,15 @@ def test_adapter_and_socket_agree_with_the_defaults() -> None:
     assert service["RuntimeDirectory"] == service["StateDirectory"] == "vhostfc/%i"
     assert service["RuntimeDirectoryPreserve"] == "yes", "or a stopping adapter would remove the socket unit's file"
     assert unit("vhostfc@.service")["Unit"]["Requires"] == "vhostfc@%i.socket"
+
+
+def test_the_helper_listens_where_adapters_ask_and_only_root_writes() -> None:
+    from vhostfc.cli import HELPER
+    from vhostfc.config import HbaConfig
+
+    assert unit("vhostfc-helper.socket")["Socket"]["ListenStream"] == str(HELPER) == str(HbaConfig().helper)
+    directories = [line.split()[:5] for line in (SYSTEMD / "vhostfc.tmpfiles").read_text().splitlines()]
+    assert ["d", str(HELPER.parent), "0755", "root", "root"] in directories
 
 
 def test_the_commands_are_real_ones() -> None:

@@ -33,6 +33,7 @@ Command = Callable[[argparse.Namespace], int]
 
 FAILED, USAGE = 1, 2
 RUN = Path("/run/vhostfc")
+HELPER = Path("/run/vhostfc-helper/helper.sock")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -187,7 +188,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_json(doctor)
 
     helper = command("helper", _helper, "the privileged steps of adapters on an HBA (a service, for root)")
-    helper.add_argument("--socket", type=Path, default=RUN / "helper.sock", metavar="PATH")
+    helper.add_argument("--socket", type=Path, default=HELPER, metavar="PATH")
     helper.add_argument("--etc", type=Path, default=Path("/etc/vhostfc"), metavar="DIRECTORY", help="adapters' files")
     helper.add_argument("--user", default="vhostfc", metavar="USER", help="who may ask, besides root")
     _add_log_level(helper)
@@ -410,7 +411,14 @@ def _helper(options: argparse.Namespace) -> int:
         else:
             listener = listening_socket(options.socket, user.pw_gid)
         Notifier.from_environment().ready("the helper of adapters on an HBA")
-        await run_helper(listener, LinuxKernel(), etc=options.etc, users={user.pw_uid}, log=logger)
+        await run_helper(
+            listener,
+            LinuxKernel(),
+            etc=options.etc,
+            notes=options.socket.parent,
+            users={user.pw_uid},
+            log=logger,
+        )
 
     return _daemon(serve, logger)
 

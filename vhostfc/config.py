@@ -72,7 +72,7 @@ class HbaConfig:
     keep: bool = False
     guard: bool = True
     survey: float = 30.0
-    helper: Path = Path("/run/vhostfc/helper.sock")
+    helper: Path = Path("/run/vhostfc-helper/helper.sock")
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,7 +207,7 @@ def _hba(fabric: Table) -> HbaConfig | None:
         keep=fabric.get("keep", boolean, False),
         guard=fabric.get("guard", boolean, True),
         survey=fabric.get("survey", seconds(1, 3600), 30.0),
-        helper=fabric.get("helper", path_in(fabric.document.path), Path("/run/vhostfc/helper.sock")),
+        helper=fabric.get("helper", path_in(fabric.document.path), Path("/run/vhostfc-helper/helper.sock")),
     )
     if config.fast_io_fail >= config.dev_loss:
         fabric.problem("fast_io_fail", f"{config.fast_io_fail} s is not less than dev_loss, {config.dev_loss} s")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,9 +24,9 @@ async def kernel(tmp_path: Path, nursery: trio.Nursery) -> FakeKernel:
     """A host in order: an HBA with one vport of ours on it."""
     target = FakeTarget(Wwn(0x5006_0160_0000_0001), 0x01FE01, {0: FakeUnit(bytearray(4096))})
     fake = FakeKernel(tmp_path, nursery, target, style="lpfc", max_vports=4)
-    for name in ("etc/vhostfc", "run/vhostfc", "proc", "sys/module/sg", "sys/module/lpfc/parameters"):
+    for name in ("etc/vhostfc", "run/vhostfc-helper", "proc", "sys/module/sg", "sys/module/lpfc/parameters"):
         (tmp_path / name).mkdir(parents=True)
-    (tmp_path / "run/vhostfc/helper.sock").touch()
+    (tmp_path / "run/vhostfc-helper/helper.sock").touch()
     (tmp_path / "proc/meminfo").write_text("HugePages_Total:     512\n")
     (tmp_path / "sys/module/lpfc/parameters/lpfc_enable_npiv").write_text("1\n")
     (tmp_path / "etc/vhostfc/vm1.toml").write_text(f'[[port]]\nwwpn = "{ME.wwpn}"\n')
@@ -67,9 +68,11 @@ def let_it_bind(kernel: FakeKernel) -> None:
 
 
 def bind(kernel: FakeKernel) -> None:
-    driver = kernel.root / "bus/scsi/drivers/sd"
-    driver.mkdir(parents=True)
-    (kernel._lun(next(iter(kernel.nodes.values()))) / "driver").symlink_to(driver)
+    kernel.bind("1:0:0:0")
+
+
+def give_up(kernel: FakeKernel) -> None:
+    kernel._set(kernel.root / "class/scsi_device/1:0:0:0/device/state", "offline")
 
 
 def lose_a_rule(kernel: FakeKernel) -> None:
@@ -96,7 +99,14 @@ def reject(kernel: FakeKernel) -> None:
 
 
 def no_helper(kernel: FakeKernel) -> None:
-    (kernel.root.parent / "run/vhostfc/helper.sock").unlink()
+    (kernel.root.parent / "run/vhostfc-helper/helper.sock").unlink()
+
+
+def lock_away(kernel: FakeKernel) -> None:
+    path = kernel.root.parent / "etc/vhostfc/vm1.toml"
+    path.chmod(0o600)
+    if os.geteuid() == 0:
+        os.chown(path, 65534, 65534)
 
 
 def no_adapter(kernel: FakeKernel) -> None:
@@ -115,12 +125,14 @@ def multipath(kernel: FakeKernel) -> None:
         (npiv_off, "hba host0", Verdict.WRONG, "does no NPIV", "lpfc_enable_npiv=1"),
         (let_it_bind, "hands off", Verdict.WRONG, "binds its drivers", "vhostfc setup"),
         (bind, "hands off", Verdict.WRONG, "bound to this host's driver sd", "echo 1:0:0:0 > "),
+        (give_up, "unit 1:0:0:0", Verdict.WRONG, "error recovery", "echo running > "),
         (lose_a_rule, "rules", Verdict.MISSING, "59-vhostfc.rules", "vhostfc setup"),
         (edit_a_rule, "rules", Verdict.MISSING, "59-vhostfc.rules", "vhostfc setup"),
         (scan_by_hand, "scan", Verdict.WRONG, "scsi_mod.scan is manual", "echo async"),
         (no_sg, "module sg", Verdict.MISSING, "/dev/sg*", "modprobe sg"),
         (reject, "vport vport-0:0-0", Verdict.WRONG, "Fabric Rejected WWN", "invalid or for a duplicate"),
         (no_helper, "helper", Verdict.MISSING, "does not listen", "systemctl enable --now vhostfc-helper.socket"),
+        (lock_away, "helper", Verdict.WRONG, "cannot read", "chown root:vhostfc "),
         (no_adapter, "vport vport-0:0-0", Verdict.NOTE, "has no file any more", "vport_delete"),
         (multipath, "multipath", Verdict.NOTE, "does not know", "vhostfc setup"),
     ],

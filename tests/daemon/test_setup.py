@@ -77,6 +77,21 @@ def test_it_is_undone(root: Path) -> None:
     assert [step.what for step in undo(root, Programs()) if "removed" in step.what] == []
 
 
+def test_it_is_not_undone_under_adapters(root: Path) -> None:
+    """This host would take the units of their guests."""
+    set_up(root, Programs())
+    for name, symbolic in (("vport-5:0-1", "vhostfc vm1"), ("vport-5:0-2", "libvirt web7")):
+        at = root / "sys/class/fc_vports" / name
+        at.mkdir(parents=True)
+        for file, text in (("port_name", "0x50014380000000aa"), ("symbolic_name", symbolic)):
+            (at / file).write_text(text + "\n")
+    with pytest.raises(VhostfcError, match=r"vport-5:0-1 \(vhostfc vm1\) is logged in; stop") as refused:
+        undo(root, Programs())
+    assert "web7" not in str(refused.value)
+    assert all((root / name).exists() for name in FILES)
+    assert autoprobe(root) == "0"
+
+
 def test_multipathd_is_told_where_it_is(root: Path) -> None:
     (root / "etc/multipath.conf").write_text("")
     set_up(root, Programs())

@@ -95,4 +95,6 @@ class FakeTarget:
             answer = len(luns).to_bytes(4, "big") + bytes(4) + luns
             return Done(data=answer[: int.from_bytes(cdb[6:10], "big")])
         unit = visible.get(number)
+        if unit is None and cdb[0] == 0x12:  # peripheral qualifier 3: no device can be here (SPC-5 6.6.2)
+            return Done(data=(bytes([0x7F, 0, 6, 2, 31]) + bytes(31))[: int.from_bytes(cdb[3:5], "big")])
         return Done(2, sense=INVALID_LUN) if unit is None else unit.run(cdb, data)

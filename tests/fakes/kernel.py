@@ -134,12 +134,17 @@ class FakeKernel:
         self.targets = list(targets)
         #: What the switch says to a vport's login: accept, silent, no npiv, no resources, duplicate.
         self.verdict = "accept"
+        #: The state that every login at one physical port ends with.
+        self.refusing: dict[str, str] = {}
         #: The errno (or the short count, negative) that the next vport_create gives.
         self.next_create: int | None = None
         self.writes: list[tuple[str, str]] = []
         self.resets: list[tuple[str, int]] = []
         self.limit = 1310720
         self.locked = False
+        #: Units answer when they are set running.
+        self.recovered = trio.Event()
+        self.recovered.set()
         self._nursery = nursery
         self._listeners: list[trio.MemorySendChannel[Hint]] = []
         self._events = 0
@@ -396,6 +401,9 @@ class FakeKernel:
             "duplicate": "Fabric Rejected WWN",
             "silent": "Initializing",
         }
+        if vhost.parent.name in self.refusing:
+            self._state(vhost, self.refusing[vhost.parent.name])
+            return
         if self.verdict != "accept":
             # libfc does not look at why it is refused: it goes on trying.
             known = self.style != "fcoe" or self.verdict == "no npiv"
@@ -513,8 +521,9 @@ class FakeKernel:
         """fast_io_fail_tmo, then dev_loss_tmo."""
         rport = vhost.rports[target.wwpn]
         at = self._rport(vhost, rport)
-        fast, loss = self._text(at / "fast_io_fail_tmo"), int(self._text(at / "dev_loss_tmo"))
         with scope:
+            await trio.lowlevel.checkpoint()  # its host may have gone at once
+            fast, loss = self._text(at / "fast_io_fail_tmo"), int(self._text(at / "dev_loss_tmo"))
             if fast != "off":
                 await trio.sleep(int(fast))
                 loss -= int(fast)
@@ -562,6 +571,8 @@ class FakeKernel:
             self._uevent("add", at, "scsi")
             self._class(at, "scsi_generic", name, {})
             self._uevent("add", at / "scsi_generic" / name, "scsi_generic")
+            if self._text(self.root / "bus/scsi/drivers_autoprobe") == "1":
+                self.bind(hctl)
 
     async def _delete_unit(self, _text: str, hctl: str) -> None:
         self._remove_node(next(node for node in self.nodes.values() if node.hctl == hctl))
@@ -571,6 +582,26 @@ class FakeKernel:
         unit = node.target.visible(node.host.wwpn).get(node.number)
         if unit is not None:
             (self._lun(node) / "vpd_pg83").write_bytes(unit.page_83)
+
+    def bind(self, hctl: str, name: str = "sd") -> None:
+        """A driver of the host's takes a unit."""
+        driver = self.root / "bus/scsi/drivers" / name
+        self._put(driver / "unbind", "")
+        (self.root / "class/scsi_device" / hctl / "device/driver").symlink_to(driver)
+
+    async def _unbind(self, text: str, name: str) -> None:
+        link = self.root / "class/scsi_device" / text / "device/driver"
+        if not link.is_symlink() or link.resolve().name != name:
+            raise OSError(errno.ENODEV, os.strerror(errno.ENODEV))
+        await self.recovered.wait()  # sd has it write its cache out
+        link.unlink()
+
+    async def _state_of_unit(self, text: str, hctl: str) -> None:
+        at = self.root / "class/scsi_device" / hctl / "device/state"
+        if text not in {"running", "offline"} or self._text(at) not in {"running", "offline"}:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        await self.recovered.wait()  # the kernel asks it who it is
+        self._set(at, text)
 
     def _remove_node(self, node: _Node) -> None:
         name = next(name for name, one in self.nodes.items() if one is node)
@@ -658,6 +689,8 @@ class FakeKernel:
         (r"class/scsi_host/(host\d+)/scan", _scan_file),
         (r"class/scsi_device/(\d+:\d+:\d+:\d+)/device/delete", _delete_unit),
         (r"class/scsi_device/(\d+:\d+:\d+:\d+)/device/rescan", _rescan_unit),
+        (r"class/scsi_device/(\d+:\d+:\d+:\d+)/device/state", _state_of_unit),
+        (r"bus/scsi/drivers/(\w+)/unbind", _unbind),
         (r"bus/scsi/drivers_autoprobe", _autoprobe),
     )
 

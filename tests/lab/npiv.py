@@ -58,7 +58,7 @@ class NpivGuest(FcoeGuest):
         host = self.online()
         self.check("mkdir -p /run/udev; /lib/systemd/systemd-udevd --daemon")  # now: it would rename eth0
         self.helper = self.popen(f"{self.python} -m vhostfc helper >/run/helper.log 2>&1")
-        self.wait("[ -S /run/vhostfc/helper.sock ]")
+        self.wait("[ -S /run/vhostfc-helper/helper.sock ]")
         return host
 
     def write_adapter(self, number: int, fabric: str = "") -> str:

@@ -10,6 +10,7 @@ import pytest
 import structlog
 import trio
 import trio.testing
+from structlog.testing import capture_logs
 
 from tests.fakes.array import FakeTarget, FakeUnit
 from tests.fakes.kernel import FakeKernel
@@ -32,7 +33,7 @@ from vhostfc.ports.npiv_commands import clamped, result_of
 from vhostfc.ports.npiv_paths import MASK, NpivPath, shares, transfer_limit
 from vhostfc.ports.sg import CHANGER, TAPE, SgOutcome, cdb_of, timeouts
 from vhostfc.ports.sysfs import Lun
-from vhostfc.ports.vport import Parents
+from vhostfc.ports.vport import ADVICE, Parents
 
 ARRAY = Wwn(0x5006_0160_0000_0001)
 UNIT = Unit(ARRAY, lun(0))
@@ -494,6 +495,46 @@ async def test_a_unit_that_it_takes_away_is_taken_out(lab: Lab, port: NpivPort) 
     assert ("class/scsi_device/1:0:0:1/device/delete", "1") in lab.kernel.writes
 
 
+async def test_nobodys_attention_is_taken_by_asking(lab: Lab, port: NpivPort) -> None:
+    """TEST UNIT READY would report one that the guest waits for; INQUIRY does not (SAM-5 5.14)."""
+    whole, asked = lab.array.run, set()
+
+    def watch(initiator: Wwn, number: int, cdb: bytes, data: bytes) -> Done:
+        asked.add((number, cdb[0]))
+        if cdb[0] == 0xA0:
+            return Done(data=(8).to_bytes(4, "big") + bytes(4) + lun(0))
+        return whole(initiator, number, cdb, data)
+
+    lab.array.run = watch  # type: ignore[method-assign]
+    with trio.fail_after(5):
+        while (1, 0x12) not in asked:
+            await trio.sleep(0.05)
+    await trio.sleep(0.5)
+    assert {opcode for _, opcode in asked} == {0x12, 0xA0}
+    assert len(list(port.units_of(ARRAY))) == 2
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        Done(data=bytes([0x7F]) + bytes(35)),
+        Done(data=bytes([0x20]) + bytes(35)),
+        Done(2, sense=bytes.fromhex("70000500000000 0a 00000000 2500 00000000")),
+    ],
+)
+async def test_a_unit_that_says_it_is_not_there_is_gone(lab: Lab, port: NpivPort, answer: Done) -> None:
+    """By the peripheral qualifier, as SPC has it, or by the error that some give."""
+    whole = lab.array.run
+
+    def gone(initiator: Wwn, number: int, cdb: bytes, data: bytes) -> Done:
+        if cdb[0] == 0xA0:
+            return Done(data=(8).to_bytes(4, "big") + bytes(4) + lun(0))
+        return answer if number else whole(initiator, number, cdb, data)
+
+    lab.array.run = gone  # type: ignore[method-assign]
+    await until(port, lambda: len(list(port.units_of(ARRAY))) == 1)
+
+
 async def test_a_unit_that_a_list_forgets_but_that_answers_stays(lab: Lab, port: NpivPort) -> None:
     whole = lab.array.run
 
@@ -549,11 +590,164 @@ async def test_a_cancelled_adapter_logs_out(lab: Lab) -> None:
     assert lab.kernel.sysfs.vport_of(ME.wwpn) is None
 
 
+async def test_a_link_in_place_of_the_lock_is_not_followed(lab: Lab, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.write_text("root:x")
+    (lab.directory / "state").mkdir()
+    (lab.directory / f"state/vport-{ME.wwpn.pack().hex()}.lock").symlink_to(other)
+    with pytest.raises(LoginRefused, match=rf"state/vport-{ME.wwpn.pack().hex()}\.lock: "):
+        async with lab.fabric().login(ME):
+            pass
+    assert lab.kernel.writes == []
+
+
+@pytest.mark.parametrize("what", ["silent", "link down"])
+async def test_one_that_is_stopped_while_it_logs_in_leaves_nothing(lab: Lab, what: str) -> None:
+    """Left there, it would log in once the link is back, while the machine runs elsewhere."""
+    lab.kernel.verdict = "silent"
+    with trio.CancelScope() as scope:
+
+        async def stop() -> None:
+            while not any(host.parent for host in lab.kernel.hosts.values()):
+                await trio.sleep(0.01)
+            if what == "link down":
+                await lab.kernel.link_down()
+            scope.cancel()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(stop)
+            async with lab.fabric(patience=30).login(ME):
+                raise AssertionError
+    assert scope.cancelled_caught
+    assert list(lab.kernel.sysfs.vports()) == []
+
+
+async def test_a_vport_that_was_made_anew_elsewhere_is_logged_out(tmp_path: Path, nursery: trio.Nursery) -> None:
+    lab = Lab(tmp_path, nursery)
+    lab.kernel = FakeKernel(tmp_path / "two", nursery, lab.array, hosts=2)
+    with trio.CancelScope() as scope:
+        async with lab.fabric().login(ME) as port:
+            assert isinstance(port, NpivPort)
+            first = port.vport
+            await lab.kernel.link_down(first.parent)
+            lab.kernel.remove_vport(lab.vhost)  # type: ignore[arg-type]
+            with trio.fail_after(10):
+                while port.vport.parent == first.parent:
+                    await trio.sleep(0.01)
+            scope.cancel()
+            await trio.sleep_forever()
+    assert list(lab.kernel.sysfs.vports()) == []
+
+
 async def test_a_vport_that_somebody_deletes_is_made_anew(lab: Lab, port: NpivPort) -> None:
     lab.kernel.remove_vport(lab.vhost)  # type: ignore[arg-type]
     await until(port, lambda: state(port) is not RemotePortState.ONLINE)
     await until(port, lambda: state(port) is RemotePortState.ONLINE and bool(list(port.units_of(ARRAY))))
     assert await port.execute(UNIT, TUR) == ScsiResult(Outcome.COMPLETE)
+
+
+async def test_a_logout_leaves_what_somebody_else_made_meanwhile(lab: Lab) -> None:
+    async with lab.fabric().login(ME):
+        parent = lab.vhost.parent  # type: ignore[attr-defined]
+        lab.kernel.remove_vport(lab.vhost)  # type: ignore[arg-type]
+        lab.kernel.make_vport(parent, ME.wwpn, ME.wwnn, "libvirt web7")
+        await trio.sleep(0.1)
+    assert [vport.symbolic_name for vport in lab.kernel.sysfs.vports()] == ["libvirt web7"]
+    assert not [path for path, _ in lab.kernel.writes if path.endswith("vport_delete")]
+
+
+@pytest.mark.parametrize("now", ["No Fabric Support", "Fabric Rejected WWN", "Fabric Logout"])
+async def test_a_vport_that_is_thrown_out_is_told_and_logged_in_elsewhere(
+    tmp_path: Path, nursery: trio.Nursery, now: str
+) -> None:
+    lab = Lab(tmp_path, nursery)
+    lab.kernel = FakeKernel(tmp_path / "two", nursery, lab.array, hosts=2, style="lpfc")
+    with capture_logs() as logs:
+        async with lab.fabric(patience=0.3).login(ME) as port:
+            assert isinstance(port, NpivPort)
+            first = port.vport
+            if now == "Fabric Logout":  # another login of the same port mends that
+                lab.kernel._state(lab.vhost, now)  # type: ignore[arg-type]
+            else:
+                lab.kernel.refusing["host0"] = now
+                lab.kernel._state(lab.vhost, now)  # type: ignore[arg-type]
+            await until(port, lambda: state(port) is not RemotePortState.ONLINE)
+            await until(port, lambda: state(port) is RemotePortState.ONLINE and bool(list(port.units_of(ARRAY))))
+            assert (port.vport.parent == first.parent) == (now == "Fabric Logout")
+            assert await port.execute(UNIT, TUR) == ScsiResult(Outcome.COMPLETE)
+    told = [log for log in logs if log["event"] == "the vport is" and log["state"] == now]
+    assert told[0]["advice"] == ADVICE[now]
+    assert told[0]["log_level"] == "warning"
+    assert list(lab.kernel.sysfs.vports()) == []
+
+
+async def test_a_vport_that_somebody_has_disabled_is_left_so(lab: Lab) -> None:
+    with capture_logs() as logs:
+        async with lab.fabric(patience=0.1).login(ME) as port:
+            assert isinstance(port, NpivPort)
+            name = port.vport.name
+            disable = lab.kernel.sysfs.of_class("fc_vports") / name / "vport_disable"
+            await lab.kernel.write(disable, b"1")
+            await trio.sleep(2)
+            assert [vport.state for vport in lab.kernel.sysfs.vports()] == ["Disabled"]
+            await lab.kernel.write(disable, b"0")
+            await until(port, lambda: state(port) is RemotePortState.ONLINE)
+            assert port.vport.name == name
+    assert any(log.get("advice") == ADVICE["Disabled"] for log in logs)
+
+
+# ---------------------------------------------------------------- units that the kernel gives up
+
+
+def give_up(lab: Lab) -> None:
+    """As the kernel's error recovery does."""
+    for node in lab.kernel.nodes.values():
+        lab.kernel._set(lab.kernel._lun(node) / "state", "offline")
+
+
+def started(lab: Lab) -> list[str]:
+    return [path for path, text in lab.kernel.writes if path.endswith("device/state") and text == "running"]
+
+
+async def test_a_unit_that_the_kernel_gave_up_is_set_running_again(lab: Lab) -> None:
+    with capture_logs() as logs:
+        async with lab.fabric(survey=1000.0).login(ME) as port:
+            assert isinstance(port, NpivPort)
+            await ready(port, UNIT)
+            give_up(lab)
+            assert await port.execute(UNIT, TUR) == ScsiResult(Outcome.PATH_LOST)
+            with trio.fail_after(5):
+                while await port.execute(UNIT, TUR) != ScsiResult(Outcome.COMPLETE):
+                    await trio.sleep(0.05)
+            assert len(started(lab)) == 2
+            give_up(lab)  # and again: the next attempt has time
+            await trio.sleep(2.5)
+            assert len(started(lab)) == 2
+    events = [log["event"] for log in logs]
+    assert len([event for event in events if "the kernel has set a unit offline" in event]) == 2
+    assert events.count("set a unit running again") == 2
+
+
+async def test_a_unit_is_not_set_running_where_nobody_is(lab: Lab, port: NpivPort) -> None:
+    lab.kernel.lose(lab.vhost, lab.array)  # type: ignore[arg-type]
+    await until(port, lambda: state(port) is RemotePortState.BLOCKED)
+    give_up(lab)
+    await port.reconcile()
+    await trio.sleep(0.1)
+    assert started(lab) == []
+
+
+async def test_a_unit_that_does_not_answer_keeps_nobody_waiting(lab: Lab, port: NpivPort) -> None:
+    lab.kernel.recovered = trio.Event()
+    give_up(lab)
+    with trio.fail_after(5):
+        while not started(lab):
+            await port.reconcile()
+            await trio.sleep(0.05)
+        for _ in range(3):
+            await port.reconcile()
+    assert len(started(lab)) == 1, "one at a time"
+    lab.kernel.recovered.set()
 
 
 async def test_a_host_that_would_use_the_units_is_refused(lab: Lab) -> None:
@@ -563,6 +757,72 @@ async def test_a_host_that_would_use_the_units_is_refused(lab: Lab) -> None:
             pass
     async with lab.fabric(guard=False).login(ME):
         pass
+
+
+def drivers(lab: Lab) -> set[str | None]:
+    vhost = lab.vhost.name  # type: ignore[attr-defined]
+    return {lun.driver for lun in lab.kernel.sysfs.luns(vhost)}
+
+
+async def test_units_that_this_host_has_taken_are_taken_back(lab: Lab) -> None:
+    """A vport that was left behind, adopted by an adapter: meanwhile a driver has its units."""
+    async with lab.fabric(keep=True).login(ME):
+        pass
+    for node in lab.kernel.nodes.values():
+        lab.kernel.bind(node.hctl)
+    with capture_logs() as logs:
+        async with lab.fabric().login(ME) as port:
+            assert isinstance(port, NpivPort)
+            with trio.fail_after(5):
+                while drivers(lab) != {None}:
+                    await trio.sleep(0.01)
+            await until(port, lambda: port.lun_of(UNIT) is not None and not port.kept_off(UNIT))
+            async with path_to(port, UNIT) as (_, changes):
+                await take_routed(changes)
+            assert await port.execute(UNIT, TUR) == ScsiResult(Outcome.COMPLETE)
+    told = [log for log in logs if "this host's driver had" in log["event"]]
+    assert {(log["driver"], log["log_level"]) for log in told} == {("sd", "error")}
+    assert len(told) == 2
+
+
+async def test_a_unit_that_this_host_does_not_give_back_is_not_used(lab: Lab, port: NpivPort) -> None:
+    async with path_to(port, UNIT) as (_, changes):
+        await take_routed(changes)
+        lab.kernel.recovered = trio.Event()  # the driver does not let go
+        for node in lab.kernel.nodes.values():
+            lab.kernel.bind(node.hctl)
+        await port.reconcile()
+        assert (await take(changes)).route.medium is None
+        assert await port.execute(UNIT, TUR) == ScsiResult(Outcome.COMPLETE, 0x08)
+        assert TUR not in lab.array.units[0].seen
+        lab.kernel.recovered.set()
+        await take_routed(changes)
+        assert await port.execute(UNIT, TUR) == ScsiResult(Outcome.COMPLETE)
+
+
+async def test_without_its_guard_it_only_warns(lab: Lab) -> None:
+    await lab.kernel.write(lab.kernel.root / "bus/scsi/drivers_autoprobe", b"1")
+    with capture_logs() as logs:
+        async with lab.fabric(guard=False).login(ME) as port:
+            await ready(port, UNIT)
+            await trio.sleep(1.2)
+            assert drivers(lab) == {"sd"}
+            assert await port.execute(UNIT, TUR) == ScsiResult(Outcome.COMPLETE)
+    assert [log["log_level"] for log in logs if "this host's driver had" in log["event"]] == ["warning"] * 2
+
+
+async def test_hands_that_are_let_loose_later_are_told_once(lab: Lab) -> None:
+    with capture_logs() as logs:
+        async with lab.fabric().login(ME) as port:
+            assert isinstance(port, NpivPort)
+            await lab.kernel.write(lab.kernel.root / "bus/scsi/drivers_autoprobe", b"1")
+            for _ in range(3):
+                await port.reconcile()
+            lab.array.units[7] = FakeUnit(bytearray(4096), b"new")
+            seven = Unit(ARRAY, lun(7))
+            await until(port, lambda: seven in set(port.units_of(ARRAY)) and not port.kept_off(seven))
+            assert await port.execute(seven, TUR) == ScsiResult(Outcome.COMPLETE)
+    assert len([log for log in logs if "vhostfc setup" in log["event"]]) == 1
 
 
 async def test_another_disk_in_the_place_is_another_disk(lab: Lab, port: NpivPort) -> None:

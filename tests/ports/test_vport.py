@@ -95,10 +95,10 @@ async def test_a_vport_is_made_named_and_taken_away(tmp_path: Path, nursery: tri
     assert (vport.state, vport.parent, vport.wwpn, vport.wwnn) == ("Active", "host0", ME.wwpn, ME.wwnn)
     made = next(fake.sysfs.vports())
     assert made.symbolic_name == ME.symbolic_name
-    await life.delete(vport)
+    await life.delete(ME)
     assert list(fake.sysfs.vports()) == []
     assert not list((tmp_path / "state").iterdir())
-    await life.delete(vport)  # gone is gone
+    await life.delete(ME)  # gone is gone
 
 
 @pytest.mark.parametrize(
@@ -199,11 +199,27 @@ async def test_what_a_life_of_ours_left_is_adopted(tmp_path: Path, nursery: trio
 async def test_what_we_were_making_when_we_died_is_ours(tmp_path: Path, nursery: trio.Nursery) -> None:
     fake = kernel(tmp_path, nursery)
     life = vports(fake, tmp_path)
+    life._remember(ME)
+    left_behind(fake, ME, "")  # as if it had been made, and not been named any more
+    assert (await life.acquire(ME)).name == next(fake.sysfs.vports()).name
+
+
+async def test_a_note_is_of_one_vport(tmp_path: Path, nursery: trio.Nursery) -> None:
+    """Not of the next one with these names, whoever makes it."""
+    fake = kernel(tmp_path, nursery)
+    life = vports(fake, tmp_path)
     fake.next_create = errno.EIO
     with pytest.raises(LoginRefused):
         await life.acquire(ME)
-    left_behind(fake, ME, "")  # as if it had been made, and not been named any more
-    assert (await life.acquire(ME)).name == next(fake.sysfs.vports()).name
+    left_behind(fake, ME, "")
+    with pytest.raises(LoginRefused, match="made by nobody that left a name"):
+        await life.acquire(ME)
+    fake.remove_vport(next(host for host in fake.hosts.values() if host.parent))
+    await life.acquire(ME)
+    fake.remove_vport(next(host for host in fake.hosts.values() if host.parent))
+    left_behind(fake, ME, "")
+    await life.delete(ME)
+    assert len(list(fake.sysfs.vports())) == 1
 
 
 @pytest.mark.parametrize("name", ["libvirt web7", ""])
@@ -220,3 +236,27 @@ async def test_the_hbas_own_name_is_refused(tmp_path: Path, nursery: trio.Nurser
     own = PortIdentity(fake.hosts["host0"].wwpn, OTHER.wwnn, "vm1")
     with pytest.raises(LoginRefused, match="is the WWPN of host0 itself"):
         await vports(fake, tmp_path).acquire(own)
+
+
+@pytest.mark.parametrize("name", ["libvirt web7", "vhostfc vm2"])
+async def test_what_somebody_made_in_its_place_is_not_deleted(tmp_path: Path, nursery: trio.Nursery, name: str) -> None:
+    """The same names, another owner: ours was taken away, and theirs is there now."""
+    fake = kernel(tmp_path, nursery)
+    life = vports(fake, tmp_path)
+    await life.acquire(ME)
+    fake.remove_vport(next(host for host in fake.hosts.values() if host.parent))
+    left_behind(fake, ME, name)
+    with capture_logs() as logs:
+        await life.delete(ME)
+    assert [vport.symbolic_name for vport in fake.sysfs.vports()] == [name]
+    assert not [path for path, _ in fake.writes if path.endswith("vport_delete")]
+    assert [log["symbolic_name"] for log in logs] == [name]
+
+
+async def test_one_that_its_driver_cannot_name_is_deleted_by_our_note(tmp_path: Path, nursery: trio.Nursery) -> None:
+    fake = kernel(tmp_path, nursery)
+    life = vports(fake, tmp_path)
+    vport = await life.acquire(ME)
+    fake._set(fake.root / "class/fc_vports" / vport.name / "symbolic_name", "")
+    await life.delete(ME)
+    assert list(fake.sysfs.vports()) == []

@@ -14,6 +14,7 @@ import tomllib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from stat import S_IRGRP, S_IROTH, S_IRUSR
 
 from vhostfc.daemon import setup
 from vhostfc.fc.wwn import Wwn, WwnError
@@ -82,8 +83,9 @@ def examine(root: Path, facts: Facts) -> Iterator[Finding]:
     yield from _hands_off(root, sysfs)
     vports = list(sysfs.vports())
     yield from _vports(root, vports)
-    yield from _untouched(sysfs, vports)
+    yield from _units(sysfs, vports)
     yield from _rights(root, facts)
+    yield from _files(root)
     yield from _qemu_findings(facts)
     yield from _memory(root)
 
@@ -158,9 +160,17 @@ def _hands_off(root: Path, sysfs: Sysfs) -> Iterator[Finding]:
         yield Finding("multipath", Verdict.NOTE, "multipathd runs, and does not know of vports' units", mend)
 
 
-def _untouched(sysfs: Sysfs, vports: list[Vport]) -> Iterator[Finding]:
+def _units(sysfs: Sysfs, vports: list[Vport]) -> Iterator[Finding]:
     for vport in vports:
         for lun in sysfs.luns(vport.host) if vport.host else ():
+            if lun.state == "offline":
+                mend = (
+                    f"look for its error in the kernel's log; echo running > {sysfs.root}/class/scsi_device/{lun.hctl}"
+                )
+                says = (
+                    f"{lun.hctl} of {vport.name} was given up by the kernel's error recovery, and fails every command"
+                )
+                yield Finding(f"unit {lun.hctl}", Verdict.WRONG, says, f"{mend}/device/state")
             if lun.driver is not None:
                 mend = f"echo {lun.hctl} > /sys/bus/scsi/drivers/{lun.driver}/unbind"
                 says = f"{lun.hctl} of {vport.name} is bound to this host's driver {lun.driver}"
@@ -186,6 +196,22 @@ def _vports(root: Path, vports: list[Vport]) -> Iterator[Finding]:
             yield Finding(about, Verdict.WRONG, f"{who} is {vport.state}", advice)
 
 
+def _files(root: Path) -> Iterator[Finding]:
+    """The helper is root without the right to read everything (systemd/vhostfc-helper.service)."""
+    for path in sorted((root / "etc/vhostfc").glob("*.toml")):
+        try:
+            found = path.stat()
+        except OSError:
+            continue
+        if not (
+            (found.st_uid == 0 and found.st_mode & S_IRUSR)
+            or (found.st_uid and found.st_gid == 0 and found.st_mode & S_IRGRP)
+            or (found.st_uid and found.st_gid and found.st_mode & S_IROTH)
+        ):
+            mend = f"chown root:vhostfc {path}; chmod 640 {path}"
+            yield Finding("helper", Verdict.WRONG, f"it cannot read {path}, and does nothing for that adapter", mend)
+
+
 def _adapters(root: Path) -> set[Wwn]:
     names = set()
     for path in (root / "etc/vhostfc").glob("*.toml"):
@@ -202,7 +228,7 @@ def _adapters(root: Path) -> set[Wwn]:
 def _rights(root: Path, facts: Facts) -> Iterator[Finding]:
     if not facts.user():
         yield Finding("user", Verdict.MISSING, "there is no user vhostfc", "systemd-sysusers vhostfc.conf")
-    helper = root / "run/vhostfc/helper.sock"
+    helper = root / "run/vhostfc-helper/helper.sock"
     if helper.exists():
         yield Finding("helper", Verdict.READY, f"{helper} is there")
     else:

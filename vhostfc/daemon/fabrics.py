@@ -43,7 +43,7 @@ def _npiv(config: AdapterConfig, hba: HbaConfig, log: structlog.typing.Filtering
     from vhostfc.ports.vport import Parents  # noqa: PLC0415
 
     return NpivFabric(
-        kernel_for(hba),
+        kernel_for(hba, config.name),
         Parents(hba.hosts, hba.wwpns, hba.fabric),
         state=config.state,
         log=log,
@@ -57,12 +57,12 @@ def _npiv(config: AdapterConfig, hba: HbaConfig, log: structlog.typing.Filtering
     )
 
 
-def kernel_for(hba: HbaConfig) -> Kernel:
+def kernel_for(hba: HbaConfig, adapter: str) -> Kernel:
     """Through the helper where it listens, or where we could not do its part ourselves."""
     if hba.helper.exists() or os.geteuid() != 0:
         from vhostfc.daemon.helped import HelpedKernel  # noqa: PLC0415
 
-        return HelpedKernel(hba.helper)
+        return HelpedKernel(hba.helper, adapter)
     from vhostfc.ports.kernel import LinuxKernel  # noqa: PLC0415
 
     return LinuxKernel()

@@ -289,11 +289,13 @@ def listen(
         sock = socket.socket(socket.AF_UNIX, kind)
         bound = False
         try:
+            if mode is not None:
+                os.fchmod(sock.fileno(), mode)  # bind() gives it to the file, less the umask
             sock.bind(name)
             bound = True
             # nobody can connect before listen(), so the file is never open to more than was asked for
-            if mode is not None:
-                path.chmod(mode)
+            if mode is not None and stat.S_IMODE(path.lstat().st_mode) != mode:
+                path.chmod(mode)  # by its path: root should not need it in a directory of another user
             if owner is not None:
                 os.chown(path, *owner)
             if kind != socket.SOCK_DGRAM:

@@ -21,14 +21,19 @@ from vhostfc.ports.kernel import open_units
 from vhostfc.ports.sysfs import Lun, Sysfs
 
 _MAX_LINE = 1 << 16
+#: The longest that a write takes, seconds: a driver may wait for its firmware.
+MAKING = 120.0
 _UDEV_LOOKS, _UDEV_PAUSE = 20, 0.1
 
 
 class HelpedKernel:
-    """A Kernel of ports/kernel.py.  socket: the helper's."""
+    """A Kernel of ports/kernel.py.  socket: the helper's; adapter: the name of ours, by its file under /etc/vhostfc."""
 
-    def __init__(self, socket: Path, sys: Path = Path("/sys"), dev: Path = Path("/dev")) -> None:
+    def __init__(self, socket: Path, adapter: str, sys: Path = Path("/sys"), dev: Path = Path("/dev")) -> None:
         self._socket = socket
+        self._adapter = adapter
+        # What more we ask for at a time waits here: there it would be refused.  A guest may ask for many resets.
+        self._writes, self._resets = trio.CapacityLimiter(8), trio.CapacityLimiter(4)
         self._sysfs = Sysfs(sys)
         self._dev = dev
 
@@ -37,9 +42,14 @@ class HelpedKernel:
         return self._sysfs
 
     async def write(self, path: Path, data: bytes) -> int:
+        """A vport that is being made is waited for, whoever is cancelled meanwhile: it would come without an owner."""
         relative = str(path.relative_to(self._sysfs.root))
-        answer = await self._ask({"write": relative, "data": data.decode()}, str(path))
-        return int(answer.get("count", 0))
+        with trio.move_on_after(MAKING) as scope:
+            scope.shield = path.name == "vport_create"
+            async with self._writes:
+                answer = await self._ask({"write": relative, "data": data.decode()}, str(path))
+            return int(answer.get("count", 0))
+        raise OSError(errno.ETIMEDOUT, f"{self._socket}: the helper does not answer", str(path))
 
     async def open_units(self, lun: Lun, count: int) -> tuple[list[int], int]:
         """A node that has just come is root's until udev has looked at it: wait a little."""
@@ -51,7 +61,8 @@ class HelpedKernel:
         return await trio.to_thread.run_sync(open_units, self._dev, lun, count)
 
     async def reset(self, lun: Lun, level: int) -> None:
-        await self._ask({"reset": lun.hctl, "level": level}, lun.hctl)
+        async with self._resets:
+            await self._ask({"reset": lun.hctl, "level": level}, lun.hctl)
 
     @asynccontextmanager
     async def hints(self) -> AsyncIterator[trio.MemoryReceiveChannel[Hint]]:
@@ -72,13 +83,18 @@ class HelpedKernel:
 
     async def _ask(self, request: dict[str, Any], what: str) -> dict[str, Any]:
         """Raises OSError as the kernel gave it to the helper, or when the helper cannot be reached."""
+        both = ({"adapter": self._adapter}, request)
         try:
             async with await self._connect() as stream, aclosing(_lines(stream)) as lines:
-                await stream.send_all(json.dumps(request).encode() + b"\n")
+                await stream.send_all(b"".join(json.dumps(one).encode() + b"\n" for one in both))
+                named = False
                 async for line in lines:
                     answer: dict[str, Any] = json.loads(line)
                     if answer.get("ok"):
-                        return answer
+                        if named:
+                            return answer
+                        named = True
+                        continue
                     number = int(answer.get("errno", errno.EIO))
                     raise OSError(number, str(answer.get("error") or os.strerror(number)), what)
         except (VhostfcError, trio.BrokenResourceError, ValueError) as error:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vhostfc.errors import VhostfcError
+from vhostfc.ports.sysfs import Sysfs
 
 #: The first line of each of our files: what does not begin so is not ours to replace or remove.
 MARK = "# Made by `vhostfc setup`; `vhostfc setup --undo` removes it.\n"
@@ -105,7 +106,14 @@ def set_up(root: Path = Path("/"), runner: Run = run) -> list[Step]:
 
 
 def undo(root: Path = Path("/"), runner: Run = run) -> list[Step]:
-    """Remove what set_up() has written; disks are found by the kernel itself again."""
+    """Remove what set_up() has written; disks are found by the kernel itself again.
+
+    VhostfcError while adapters are logged in: this host would take their guests' units.
+    """
+    ours = [vport for vport in Sysfs(root / "sys").vports() if vport.symbolic_name.startswith("vhostfc ")]
+    if ours:
+        who = ", ".join(f"{vport.name} ({vport.symbolic_name})" for vport in ours)
+        raise VhostfcError(f"{who} is logged in; stop its adapter first, or delete what `vhostfc doctor` tells of")
     steps = []
     names = [*FILES, *WITH]
     for path in [root / name for name in names]:

@@ -28,6 +28,8 @@ SG_SCSI_RESET_TARGET = 4
 SG_SCSI_RESET_NO_ESCALATE = 0x100
 #: linux/fs.h; for a SCSI generic node it gives bytes in an int.
 BLKSECTGET = 0x1267
+#: Writes and resets at a time.  They sleep in the kernel; who asks for many is rationed elsewhere (daemon/helper.py).
+THREADS = 1024
 
 
 class Kernel(Protocol):
@@ -57,6 +59,8 @@ class LinuxKernel:
     def __init__(self, sys: Path = Path("/sys"), dev: Path = Path("/dev")) -> None:
         self._sysfs = Sysfs(sys)
         self._dev = dev
+        # Of our own: a reset or a scan may wait for a minute, and nothing else should wait for it.
+        self._threads = trio.CapacityLimiter(THREADS)
 
     @property
     def sysfs(self) -> Sysfs:
@@ -64,13 +68,13 @@ class LinuxKernel:
 
     async def write(self, path: Path, data: bytes) -> int:
         """In a thread: making or deleting a vport takes from milliseconds to seconds."""
-        return await trio.to_thread.run_sync(write_once, path, data)
+        return await trio.to_thread.run_sync(write_once, path, data, limiter=self._threads)
 
     async def open_units(self, lun: Lun, count: int) -> tuple[list[int], int]:
         return await trio.to_thread.run_sync(open_units, self._dev, lun, count)
 
     async def reset(self, lun: Lun, level: int) -> None:
-        await trio.to_thread.run_sync(reset, self._dev, lun, level)
+        await trio.to_thread.run_sync(reset, self._dev, lun, level, limiter=self._threads)
 
     def hints(self) -> AbstractAsyncContextManager[trio.MemoryReceiveChannel[fcevents.Hint]]:
         return fcevents.hints()

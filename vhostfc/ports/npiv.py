@@ -12,7 +12,6 @@ until dev_loss seconds have passed.  Both are the kernel's timers; we set them.
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import os
 import re
@@ -26,6 +25,7 @@ import trio
 from vhostfc.errors import LoginRefused
 from vhostfc.fc.wwn import Wwn
 from vhostfc.ports.base import (
+    Outcome,
     Path,
     Port,
     PortEvent,
@@ -42,9 +42,12 @@ from vhostfc.ports.base import (
 )
 from vhostfc.ports.fcevents import FcEvent, FcEventCode, Hint, Uevent
 from vhostfc.ports.kernel import Kernel
-from vhostfc.ports.npiv_commands import Commands
+from vhostfc.ports.npiv_care import HANDS_OFF, Care
+from vhostfc.ports.npiv_commands import SAM_BUSY, Commands
 from vhostfc.ports.npiv_paths import Paths
 from vhostfc.ports.npiv_survey import Survey
+from vhostfc.ports.npiv_watch import AGAIN, Watch
+from vhostfc.ports.ownfiles import OwnFiles
 from vhostfc.ports.subscriber import Subscriber
 from vhostfc.ports.sysfs import Lun, Rport, Vport
 from vhostfc.ports.vport import Parents, Vports
@@ -121,13 +124,9 @@ class NpivFabric:
         """The host's own drivers must keep off: sd would read the units, and take the guest's unit attentions."""
         if not self._kernel.sysfs.autoprobe():
             return
-        message = (
-            "this host would attach the guest's units to itself: run `vhostfc setup`, which keeps its drivers off"
-            " vports' units and has its other disks found as before"
-        )
         if self._guard:
-            raise LoginRefused(message)
-        self._log.warning(message)
+            raise LoginRefused(HANDS_OFF)
+        self._log.warning(HANDS_OFF)
 
     @asynccontextmanager
     async def login(self, identity: PortIdentity) -> AsyncIterator[Port]:
@@ -137,8 +136,8 @@ class NpivFabric:
         vports = Vports(self._kernel, self._parents, state=self._state, log=log, patience=self._patience)
         failure: Exception | None = None
         with _one_of_us(self._state, identity):
-            vport = await vports.acquire(identity)
             try:
+                vport = await vports.acquire(identity)
                 async with self._kernel.hints() as hints, trio.open_nursery() as nursery:
                     port = NpivPort(
                         identity,
@@ -151,6 +150,8 @@ class NpivFabric:
                         workers=self._workers,
                         command_timeout=self._command_timeout,
                         survey=self._survey,
+                        patience=self._patience,
+                        guard=self._guard,
                         log=log,
                     )
                     await port.begin(hints)
@@ -161,12 +162,13 @@ class NpivFabric:
                     finally:
                         port.end()
                         nursery.cancel_scope.cancel()
-                    vport = port.vport
-            finally:
+            finally:  # whatever is there by now: one that was being made, or has been made anew on another port
                 if not self._keep:
                     with trio.move_on_after(LOGOUT) as scope:
                         scope.shield = True
-                        await vports.delete(vport)
+                        await vports.delete(identity)
+                    if scope.cancelled_caught:
+                        log.error("the logout takes long; the kernel goes on with it", seconds=LOGOUT)
         if failure is not None:
             raise failure
 
@@ -175,13 +177,9 @@ class NpivFabric:
 def _one_of_us(state: FilePath, identity: PortIdentity) -> Iterator[None]:
     """Two processes of one adapter must not take the vport for one that the other has left behind."""
     try:
-        state.mkdir(parents=True, exist_ok=True)
-        fd = os.open(state / f"vport-{identity.wwpn.pack().hex()}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        fd = OwnFiles(state).open(f"vport-{identity.wwpn.pack().hex()}.lock")
     except OSError as error:
         raise LoginRefused(f"{error.filename}: {error.strerror}") from error
-    if os.geteuid() == 0:  # `vhostfc login`: the adapter itself has another user
-        owner = os.stat(state)
-        os.fchown(fd, owner.st_uid, owner.st_gid)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -209,20 +207,20 @@ class NpivPort:
         workers: int,
         command_timeout: float,
         survey: float,
+        patience: float,
+        guard: bool,
         log: structlog.typing.FilteringBoundLogger,
     ) -> None:
         self._identity = identity
-        self.vport = vport
-        self._vports = vports
         self._kernel = kernel
         self._sysfs = kernel.sysfs
+        self._watch = Watch(vport, vports, kernel.sysfs, identity, patience=patience, log=log)
         self._nursery = nursery
-        self._dev_loss, self._fast_io_fail = dev_loss, fast_io_fail
+        self._care = Care(kernel, dev_loss=dev_loss, fast_io_fail=fast_io_fail, guard=guard, serve=self._serve, log=log)
         self._log = log
         self._topology = Topology(PortState.LOGGING_IN, 0, None)
         self._luns: dict[Unit, Lun] = {}
         self._rports: dict[Wwn, Rport] = {}
-        self._set: set[str] = set()
         self._subscribers: list[Subscriber] = []
         self._look = trio.Event()
         self._changed = trio.Event()
@@ -272,6 +270,8 @@ class NpivPort:
         self, unit: Unit, cdb: bytes, *, data_out: bytes = b"", data_in: int = 0, attribute: int = 0, tag: int = 0
     ) -> ScsiResult:
         """See the seam.  Linux's interface knows no task attributes: every command goes as SIMPLE."""
+        if self.kept_off(unit):  # as busy as a unit can be: whoever has it gives it back, or does not
+            return ScsiResult(Outcome.COMPLETE, SAM_BUSY, residual=max(len(data_out), data_in))
         return await self._commands.execute(unit, cdb, data_out, data_in, tag=tag)
 
     async def manage(self, unit: Unit, function: TaskManagement, tag: int | None = None) -> TaskManagementResponse:
@@ -284,6 +284,11 @@ class NpivPort:
         """Nobody has latches here."""
 
     # ---------------------------------------------------------------- what is there
+
+    @property
+    def vport(self) -> Vport:
+        """The one that we have now, or had last."""
+        return self._watch.vport
 
     @property
     def host(self) -> str | None:
@@ -313,9 +318,19 @@ class NpivPort:
     async def changed(self) -> None:
         await self._changed.wait()
 
+    def kept_off(self, unit: Unit) -> bool:
+        """Must nobody use it now, since a driver of this host has it?"""
+        lun = self.lun_of(unit)
+        return lun is not None and self._care.kept_off(lun)
+
     def _reachable(self, unit: Unit) -> Lun | None:
         lun = self.lun_of(unit)
-        if lun is None or lun.sg is None or self.state_of(unit.wwpn) is not RemotePortState.ONLINE:
+        if (
+            lun is None
+            or self._care.kept_off(lun)
+            or lun.sg is None
+            or self.state_of(unit.wwpn) is not RemotePortState.ONLINE
+        ):
             return None
         return lun
 
@@ -354,18 +369,11 @@ class NpivPort:
                 await trio.sleep(SETTLE)
             self._look = trio.Event()
             await self.reconcile()
-            if self._sysfs.vport(self.vport.name) is None:
-                self._log.error("the vport is gone; making it anew", vport=self.vport.name)
-                self.vport = await self._again()
-                self._set.clear()
-
-    async def _again(self) -> Vport:
-        while True:
-            try:
-                return await self._vports.acquire(self._identity)
-            except LoginRefused as error:
-                self._log.error("cannot log in", reason=str(error))
-            await trio.sleep(10 * LOOK)
+            if self._watch.needs_help():
+                while not await self._watch.help():
+                    await self.reconcile()
+                    await trio.sleep(AGAIN)
+                self._care.begin_anew()
 
     async def _listen(self, hints: trio.MemoryReceiveChannel[Hint]) -> None:
         async for hint in hints:
@@ -399,7 +407,6 @@ class NpivPort:
         async with self._reconciling:
             topology = self._read()
             if topology != self._topology or self._moved:
-                self._say(topology)
                 self._topology = topology
                 self._commands.look_again()
                 await self._paths.look_again()
@@ -408,10 +415,10 @@ class NpivPort:
                 self._changed = trio.Event()
             elif self._paths.wanting:
                 await self._paths.look_again()
-            await self._set_timers()
+            await self._care.look(list(self._rports.values()), list(self._luns.values()))
 
     def _read(self) -> Topology:
-        vport = self._sysfs.vport(self.vport.name)
+        vport = self._watch.look()
         host = self._sysfs.host(vport.host) if vport is not None and vport.host is not None else None
         before, self._moved = self._luns, False
         if vport is None or host is None:
@@ -445,40 +452,6 @@ class NpivPort:
             self._luns |= {Unit(rport.wwpn, lun.lun, lun.disk): lun for lun in luns if lun.sg is not None}
         units = tuple(unit for unit in self._luns if unit.wwpn == rport.wwpn)
         return RemotePort(rport.wwpn, rport.wwnn, rport.port_id, there, tuple(sorted(units)))
-
-    def _say(self, topology: Topology) -> None:
-        if topology.state is not self._topology.state:
-            self._log.info("the vport is", state=topology.state.value, vport=self.vport.name)
-
-    # ---------------------------------------------------------------- timers
-
-    async def _set_timers(self) -> None:
-        """dev_loss_tmo and fast_io_fail_tmo of each remote port, once: a new one has the kernel's own."""
-        for rport in self._rports.values():
-            if rport.state == "Online" and rport.name not in self._set:
-                self._set.add(rport.name)
-                await self._set_timers_of(rport)
-
-    async def _set_timers_of(self, rport: Rport) -> None:
-        # fast_io_fail_tmo must be less than dev_loss_tmo at any moment, and set where that is more than 600 s.
-        steps = [("fast_io_fail_tmo", "off"), ("dev_loss_tmo", f"{min(self._dev_loss, 600)}")]
-        steps += [("fast_io_fail_tmo", f"{self._fast_io_fail}"), ("dev_loss_tmo", f"{self._dev_loss}")]
-        at = self._sysfs.of_class("fc_remote_ports") / rport.name
-        if self._sysfs.number(at / "dev_loss_tmo") > 600:
-            del steps[0]  # it must not be off now, and is set
-        for name, wanted in steps:
-            if self._sysfs.text(at / name) == wanted:
-                continue
-            try:
-                await self._kernel.write(at / name, wanted.encode())
-            except OSError as error:
-                if error.errno == errno.EBUSY:  # it has just been blocked: when it is back
-                    self._set.discard(rport.name)
-                    return
-                if error.errno not in {errno.ENOENT, errno.ENODEV}:
-                    self._log.warning(
-                        "cannot set a timer", rport=rport.name, timer=name, seconds=wanted, reason=error.strerror
-                    )
 
 
 def _lost(remote: RemotePort) -> RemotePort:

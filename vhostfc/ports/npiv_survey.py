@@ -16,7 +16,7 @@ import trio
 from vhostfc.fc.wwn import Wwn
 from vhostfc.ports.base import Outcome, RemotePortState, Unit
 from vhostfc.ports.kernel import Kernel
-from vhostfc.ports.npiv_commands import REPORT_LUNS, Commands
+from vhostfc.ports.npiv_commands import INQUIRY, REPORT_LUNS, Commands
 from vhostfc.ports.sysfs import Lun, Rport
 
 #: Seconds for a target's answer.
@@ -125,9 +125,16 @@ class Survey:
         return changed
 
     async def _confirm_gone(self, unit: Unit) -> bool:
-        """Not listed: gone when it says so itself, too.  A list can be wrong for a moment, and a disk is dear."""
-        result = await self._commands.execute(unit, bytes(6), timeout=TIMEOUT)
-        if result.outcome is Outcome.COMPLETE and result.status == 2 and _key(result.sense) == _NO_SUCH_UNIT:
+        """Not listed: gone when it says so itself, too.  A list can be wrong for a moment, and a disk is dear.
+
+        INQUIRY reports no unit attention and clears none (SAM-5 5.14): the guest's stays the guest's.
+        """
+        cdb = bytes([INQUIRY, 0, 0, 0, 36, 0])
+        result = await self._commands.execute(unit, cdb, data_in=36, timeout=TIMEOUT)
+        if result.outcome is not Outcome.COMPLETE:
+            return False
+        not_there = not result.status and bool(result.data_in) and result.data_in[0] >> 5 != 0  # SPC-5 6.6.2
+        if not_there or (result.status == 2 and _key(result.sense) == _NO_SUCH_UNIT):
             return await self._take_out(unit)
         return False
 

@@ -24,6 +24,7 @@ from vhostfc.errors import LoginRefused
 from vhostfc.fc.wwn import Wwn
 from vhostfc.ports.base import PortIdentity
 from vhostfc.ports.kernel import Kernel
+from vhostfc.ports.ownfiles import OwnFiles
 from vhostfc.ports.sysfs import FcHost, Vport
 
 ACTIVE = "Active"
@@ -114,11 +115,15 @@ ADVICE = {
 }
 #: States that waiting does not mend.
 FINAL = ("No Fabric Support", "No Fabric Resources", "Fabric Rejected WWN", "VPort Failed")
+#: States that wait for somebody else: a link, or whoever has disabled the vport.
+WAITING = ("Linkdown", "Disabled")
 
 
 def _refusal(error: OSError, host: FcHost, identity: PortIdentity) -> str:
     """A failed vport_create, for an administrator."""
     who = f"{identity.wwpn} on {host}"
+    if error.errno is not None and error.strerror != os.strerror(error.errno):
+        return f"{who}: {error.strerror}"  # the helper's own words
     match error.errno:
         case errno.EINVAL:
             return f"{who}: the driver does not take the name; is the WWPN in use here already, or the HBA's own?"
@@ -156,7 +161,7 @@ class Vports:
         made anew; three times that is what an R_A_TOV of 10 s asks for."""
         self._kernel = kernel
         self._parents = parents
-        self._state = state
+        self._files = OwnFiles(state)
         self._log = log
         self._patience = patience
         self._said: str | None = None
@@ -185,9 +190,9 @@ class Vports:
                 return await self._until_active(vport, identity)
             except _Stuck:
                 self._log.warning("making the vport anew", vport=vport.name)
-                await self.delete(vport)
+                await self.delete(identity)
             except LoginRefused as error:
-                await self.delete(vport)
+                await self.delete(identity)
                 tried.append(vport.parent)
                 if self._others(tried):
                     self._log.warning("trying the next HBA port", reason=str(error))
@@ -218,14 +223,19 @@ class Vports:
                 if host.wwpn == identity.wwpn:
                     raise LoginRefused(f"{identity.wwpn} is the WWPN of {host.name} itself; give the adapter another")
             return None
-        if vport.wwnn == identity.wwnn and (
-            vport.symbolic_name == symbolic_name(identity) or (not vport.symbolic_name and self._was_making(identity))
-        ):
+        if self._is_ours(vport, identity):
             return vport
         name = f"{vport.symbolic_name!r}" if vport.symbolic_name else "nobody that left a name"
         raise LoginRefused(
             f"{identity.wwpn} is already logged in here as {vport.name}, made by {name}; if nobody needs it, write"
             f" {identity.wwpn.pack().hex()}:{vport.wwnn.pack().hex()} to vport_delete of {vport.parent}"
+        )
+
+    def _is_ours(self, vport: Vport, identity: PortIdentity) -> bool:
+        if (vport.wwpn, vport.wwnn) != (identity.wwpn, identity.wwnn):
+            return False
+        return vport.symbolic_name == symbolic_name(identity) or (
+            not vport.symbolic_name and self._was_making(vport, identity)
         )
 
     # ------------------------------------------------------------ making one
@@ -237,35 +247,40 @@ class Vports:
         try:
             written = await self._kernel.write(host.vport_create, names.encode())
         except OSError as error:
+            if error.errno not in {errno.ECONNRESET, errno.ETIMEDOUT}:  # else the helper may have made it
+                self._forget(identity)
             raise LoginRefused(_refusal(error, host, identity)) from error
         if written != len(names):  # qla2xxx gives back FC_VPORT_FAILED as if it were a count
+            self._forget(identity)
             raise LoginRefused(
                 f"{identity.wwpn} on {host}: the driver has failed to make it; the kernel's log says why"
             )
         vport = self._kernel.sysfs.vport_of(identity.wwpn)
         if vport is None:
             raise LoginRefused(f"{identity.wwpn} on {host}: it went as soon as it was made; the kernel's log says why")
+        self._remember(identity, vport)
         self._log.info("vport made", vport=vport.name, parent=str(host))
         return vport
 
-    def _remember(self, identity: PortIdentity) -> None:
-        """Before it is made: should we die before it has a name, we know it for ours."""
-        note = self._note(identity.wwpn)
-        with contextlib.suppress(OSError):
-            note.parent.mkdir(parents=True, exist_ok=True)
-            temporary = note.with_suffix(".new")
-            temporary.write_text(json.dumps({"wwpn": str(identity.wwpn), "wwnn": str(identity.wwnn)}))
-            temporary.replace(note)
-
-    def _note(self, wwpn: Wwn) -> Path:
-        return self._state / f"vport-{wwpn.pack().hex()}.json"
-
-    def _was_making(self, identity: PortIdentity) -> bool:
+    def _remember(self, identity: PortIdentity, vport: Vport | None = None) -> None:
+        """Before it is made: should we die before it has a name, we know it for ours.  And after, which one it is:
+        the kernel gives no vport's name twice."""
+        text = json.dumps(_noted(identity) | ({} if vport is None else {"vport": vport.name}))
         try:
-            note = json.loads(self._note(identity.wwpn).read_text())
+            self._files.write(_note(identity), text)
+        except OSError as error:
+            self._log.warning("cannot note the vport", path=error.filename, reason=error.strerror)
+
+    def _forget(self, identity: PortIdentity) -> None:
+        with contextlib.suppress(OSError):
+            self._files.remove(_note(identity))
+
+    def _was_making(self, vport: Vport, identity: PortIdentity) -> bool:
+        try:
+            note = json.loads(self._files.read(_note(identity)))
         except (OSError, ValueError):
             return False
-        return bool(note == {"wwpn": str(identity.wwpn), "wwnn": str(identity.wwnn)})
+        return note in (_noted(identity), _noted(identity) | {"vport": vport.name})
 
     async def _name(self, vport: Vport, identity: PortIdentity) -> None:
         """The switch shows it to whoever wonders whose port this is."""
@@ -314,8 +329,23 @@ class Vports:
 
     # ------------------------------------------------------------ taking it away
 
-    async def delete(self, vport: Vport) -> None:
-        """Log it out and take it away; what is gone already is."""
+    async def delete(self, identity: PortIdentity) -> None:
+        """Log out and take away whatever vport of ours is there now, on whichever port.  What is gone already is gone,
+        and what somebody else has made meanwhile, with the same names or not, is theirs."""
+        for vport in list(self._kernel.sysfs.vports()):
+            if vport.wwpn != identity.wwpn:
+                continue
+            if self._is_ours(vport, identity):
+                await self._delete(vport, identity)
+            else:
+                self._log.warning(
+                    "a vport with our WWPN is not ours, and stays",
+                    vport=vport.name,
+                    parent=vport.parent,
+                    symbolic_name=vport.symbolic_name,
+                )
+
+    async def _delete(self, vport: Vport, identity: PortIdentity) -> None:
         host = self._kernel.sysfs.host(vport.parent)
         if host is None or host.vport_create is None:
             return
@@ -327,14 +357,23 @@ class Vports:
             if error.errno not in {errno.ENODEV, errno.ENOENT}:
                 self._log.error("cannot delete the vport", vport=vport.name, reason=error.strerror)
                 return
-        with contextlib.suppress(OSError):
-            os.unlink(self._note(vport.wwpn))
-        self._log.info("vport deleted", vport=vport.name, parent=vport.parent)
+            self._log.info("the vport was gone already", vport=vport.name, parent=vport.parent)
+        else:
+            self._log.info("vport deleted", vport=vport.name, parent=vport.parent)
+        self._forget(identity)
 
     def _say(self, message: str) -> None:
         if message != self._said:
             self._said = message
             self._log.warning(message)
+
+
+def _note(identity: PortIdentity) -> str:
+    return f"vport-{identity.wwpn.pack().hex()}.json"
+
+
+def _noted(identity: PortIdentity) -> dict[str, str]:
+    return {"wwpn": str(identity.wwpn), "wwnn": str(identity.wwnn)}
 
 
 def symbolic_name(identity: PortIdentity) -> str:
