@@ -8,7 +8,10 @@
  *
  * The kernel knows no way to take a command back.  It ends one itself after the time that the command came with; when
  * it fails to, we answer without it some seconds later.  Such a command may still run, so until it has come back new
- * ones for the unit are answered BUSY: a late WRITE must not overwrite what was written after it was given up.
+ * ones for the unit are answered BUSY: a late WRITE must not overwrite what was written after it was given up.  That is
+ * counted by the unit, not by a route: a lane stays behind without one until the kernel has given everything back.
+ * What the kernel keeps is not waited for: when only that is in the way of a command it is answered BUSY, and what
+ * waits beside others waits no longer than it would have had with the kernel.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -70,14 +73,20 @@ static void give_buffer(struct sg *sg, struct slot *slot)
 void sg_release(struct sg *sg, struct slot *slot)
 {
 	struct stream *stream = slot->stream;
+	struct lane *lane = stream->lane;
 
+	if (!slot->cmd) {
+		sg_credit_back(lane->unit, !slot->in);
+		lane->kept--;
+		sg->kept_bytes -= slot->buffer ? slot->room : 0;
+	}
 	give_buffer(sg, slot);
-	if (slot->stale)
-		atomic_fetch_sub(&stream->lane->unit->stale, 1);
-	slot->stale = slot->under_way = false;
+	sg->doubts -= slot->doubtful;
+	slot->under_way = slot->doubtful = false;
 	slot->cmd = NULL;
-	sg_credit_give(stream->lane->unit);
+	sg_credit_give(lane->unit);
 	stream->under_way--;
+	lane->under_way--;
 	sg->under_way--;
 	slot->next = stream->free;
 	stream->free = slot;
@@ -115,6 +124,7 @@ static enum vfc_submit answer(struct vfc_cmd *cmd, const struct vfc_result *resu
 static const struct vfc_result busy_unit = { .refused = true, .response = VIRTIO_SCSI_S_OK, .status = SAM_BUSY };
 static const struct vfc_result no_memory = { .refused = true, .response = VIRTIO_SCSI_S_BUSY };
 static const struct vfc_result no_device = { .refused = true, .response = VIRTIO_SCSI_S_BAD_TARGET };
+static const struct vfc_result no_room = { .refused = true, .response = VIRTIO_SCSI_S_TRANSPORT_FAILURE };
 static const struct vfc_result failed = { .refused = true, .response = VIRTIO_SCSI_S_FAILURE };
 /* ILLEGAL REQUEST, INVALID FIELD IN CDB: more than the port can carry, as the Block Limits page has told. */
 static const uint8_t invalid_field[18] = { 0x70, 0, 5, 0, 0, 0, 0, 10, 0, 0, 0, 0, 0x24, 0 };
@@ -126,12 +136,30 @@ static const struct vfc_result too_long = {
 	.sense_length = sizeof(invalid_field),
 };
 
-static enum vfc_submit refused(struct vfc_cmd *cmd, int error)
+static uint64_t patience(const struct sg_unit *unit, uint8_t opcode)
+{
+	return unit->timeouts[opcode] * NS_PER_S + unit->grace_ms * NS_PER_MS;
+}
+
+/* There is no room for it now. */
+static enum vfc_submit wait_for_room(const struct sg *sg, const struct lane *lane, struct vfc_cmd *cmd)
+{
+	uint64_t now = worker_now();
+
+	if (sg_credit_lost(lane->unit) || lane->kept == lane->count * VFC_SG_QUEUE ||
+	    (cmd->op == VFC_OP_READ && sg->kept_bytes && sg->kept_bytes + cmd->length > LIMIT))
+		return answer(cmd, &busy_unit);
+	if (!cmd->done)
+		cmd->done = now + patience(lane->unit, cmd->cdb[0]);
+	return now < cmd->done ? VFC_BUSY : answer(cmd, &no_room);
+}
+
+static enum vfc_submit refused(const struct sg *sg, const struct lane *lane, struct vfc_cmd *cmd, int error)
 {
 	switch (error) {
 	case EAGAIN:
 	case EDOM:	/* 16 are on their way in this file, whatever we count */
-		return VFC_BUSY;
+		return wait_for_room(sg, lane, cmd);
 	case ENOMEM:
 		return answer(cmd, &no_memory);
 	case ENODEV:
@@ -164,12 +192,12 @@ static enum vfc_submit submit(struct vfc_path_engine *engine, struct vfc_cmd *cm
 	cmd->holder = 0;
 	if (all_gone(lane))
 		return answer(cmd, &no_device);
-	if (atomic_load_explicit(&unit->stale, memory_order_relaxed))
+	if (vfc_credits_stale(unit->own))
 		return answer(cmd, &busy_unit);
 	if (cmd->length > unit->max_transfer)
 		return answer(cmd, &too_long);
 	if (!stream || (cmd->op == VFC_OP_READ && sg->bytes && sg->bytes + cmd->length > LIMIT) || !sg_credit_take(unit))
-		return VFC_BUSY;
+		return wait_for_room(sg, lane, cmd);
 	slot = stream->free;
 	slot->in = cmd->op == VFC_OP_READ;
 	if (slot->in && !take_buffer(sg, slot, cmd->length)) {
@@ -201,13 +229,14 @@ static enum vfc_submit submit(struct vfc_path_engine *engine, struct vfc_cmd *cm
 		error = written < 0 ? errno : EIO;
 		give_buffer(sg, slot);
 		sg_credit_give(unit);
-		return refused(cmd, error);
+		return refused(sg, lane, cmd, error);
 	}
 	stream->free = slot->next;
 	slot->cmd = cmd;
 	slot->under_way = true;
-	slot->deadline = worker_now() + unit->timeouts[slot->cdb[0]] * NS_PER_S + unit->grace_ms * NS_PER_MS;
+	slot->deadline = worker_now() + patience(unit, slot->cdb[0]);
 	stream->under_way++;
+	lane->under_way++;
 	sg->under_way++;
 	cmd->priv = slot;
 	if (!sg->ticking)
@@ -230,8 +259,7 @@ static void cancel(struct vfc_path_engine *engine, struct vfc_cmd *cmd)
 
 static bool abandon(struct vfc_path_engine *engine, struct vfc_cmd *cmd)
 {
-	(void)engine;
-	sg_let_go(cmd->priv);
+	sg_let_go(sg_of(engine), cmd->priv);
 	return true;
 }
 
@@ -249,6 +277,7 @@ static bool idle(struct vfc_path_engine *engine)
 
 /* ---------------------------------------------------------------- beginning and end */
 
+/* What the kernel still has of it stays counted: it has it, and nobody will learn when that ends. */
 static void close_lane(struct sg *sg, struct lane *lane)
 {
 	*lane->link = lane->next;
@@ -260,10 +289,26 @@ static void close_lane(struct sg *sg, struct lane *lane)
 		if (!stream->hung)
 			epoll_ctl(sg->epoll_fd, EPOLL_CTL_DEL, stream->fd, NULL);
 		for (unsigned n = 0; n < VFC_SG_QUEUE; n++)
-			if (stream->slots[n].under_way)
-				sg_release(sg, &stream->slots[n]);
+			free(stream->slots[n].buffer);
 	}
+	vfc_medium_put(lane->medium);
 	free(lane);
+	if (!sg->lanes)
+		sg_tick_no_more(sg);
+}
+
+void sg_end_lanes(struct sg *sg)
+{
+	sg->leaving = false;
+	for (struct lane *lane = sg->lanes, *next; lane; lane = next) {
+		next = lane->next;
+		if (lane->users)
+			continue;
+		if (lane->under_way)
+			sg->leaving = true;
+		else
+			close_lane(sg, lane);
+	}
 }
 
 static void path_close(struct vfc_path_engine *engine, struct vfc_path *path)
@@ -272,7 +317,7 @@ static void path_close(struct vfc_path_engine *engine, struct vfc_path *path)
 
 	path->own = NULL;
 	if (!--lane->users)
-		close_lane(sg_of(engine), lane);
+		sg_end_lanes(sg_of(engine));
 }
 
 static int path_open(struct vfc_path_engine *engine, struct vfc_path *path, uint32_t worker)
@@ -292,6 +337,7 @@ static int path_open(struct vfc_path_engine *engine, struct vfc_path *path, uint
 	lane = calloc(1, sizeof(*lane) + unit->share * sizeof(lane->streams[0]));
 	if (!lane)
 		return -ENOMEM;
+	lane->medium = medium_hold(path->medium);
 	lane->unit = unit;
 	lane->users = 1;
 	lane->link = &sg->lanes;
@@ -361,6 +407,8 @@ void path_sg_free(struct vfc_path_engine *engine)
 {
 	struct sg *sg = sg_of(engine);
 
+	while (sg->lanes)
+		close_lane(sg, sg->lanes);
 	while (sg->spares) {
 		struct spare *spare = sg->spares;
 

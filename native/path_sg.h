@@ -19,8 +19,8 @@ struct slot {
 	struct stream *stream;
 	struct vfc_cmd *cmd;	/* NULL while under way: abandoned */
 	bool under_way;
-	bool stale;		/* abandoned, and counted so by its unit */
 	bool in;		/* data-in */
+	bool doubtful;		/* given back with an error that is looked into once more */
 	uint64_t deadline;	/* ns */
 	uint8_t *buffer;
 	size_t room;
@@ -41,9 +41,11 @@ struct stream {
 };
 
 struct lane {
+	struct vfc_medium *medium;	/* held */
 	struct sg_unit *unit;
 	struct lane *next, **link;
 	uint32_t users;		/* routes: a new one over the same files begins before the old one has ended */
+	uint32_t under_way, kept;	/* of all its files; kept: nobody waits for it any more */
 	uint32_t count, turn;
 	struct stream streams[];
 };
@@ -58,8 +60,9 @@ struct sg {
 	uint32_t kept;
 	int epoll_fd, timer_fd;
 	bool ticking, hasty;
-	uint32_t under_way;
-	size_t bytes;
+	bool leaving;		/* a lane without users waits for the kernel */
+	uint32_t under_way, doubts;
+	size_t bytes, kept_bytes;
 	struct lane *lanes;
 };
 
@@ -70,11 +73,14 @@ static inline struct sg *sg_of(struct vfc_path_engine *engine)
 
 /* path_sg.c */
 void sg_release(struct sg *sg, struct slot *slot);
+/* Ends lanes that no route leads to, as far as the kernel has nothing of them. */
+void sg_end_lanes(struct sg *sg);
 
 /* path_sg_reap.c */
 void sg_tick_after(struct sg *sg, long ns);
+void sg_tick_no_more(struct sg *sg);
 /* Nobody waits for it any more; the kernel has it still. */
-void sg_let_go(struct slot *slot);
+void sg_let_go(struct sg *sg, struct slot *slot);
 unsigned sg_reap(struct vfc_path_engine *engine, struct vfc_cmd **done, unsigned max);
 
 #endif

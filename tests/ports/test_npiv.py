@@ -605,7 +605,6 @@ async def test_a_queue_depth_that_changes_is_followed(lab: Lab, port: NpivPort) 
         lab.kernel._set(at / "queue_depth", "16")
         await until(port, lambda: (now := port.lun_of(UNIT)) is not None and now.queue_depth == 16)
         assert isinstance(path, NpivPath)
-        assert path.gauge is not None
-        assert path.gauge.limit_now == shares(16)[0]
+        assert path.workers == port._paths._credits[UNIT].limit == shares(16)[0]
         lab.kernel._set(at / "queue_depth", "1")
         assert (await take(changes)).route.medium is None
