@@ -157,21 +157,25 @@ static __attribute__((noinline)) void pass_on(struct worker *worker, struct comm
 	release(worker, command, RESPONSE_HEADER + result->moved);
 }
 
-static void end_doomed(struct worker *worker, struct command *command)
+/* kept: its device may still run it, so whoever wanted it ended must not count on that. */
+static void end_doomed(struct worker *worker, struct command *command, bool kept)
 {
 	struct mail *waiter = command->waiter;
 
 	command_respond(worker, command, command->doom, 0);
-	if (waiter && !--waiter->waiting) {
-		ring_publish_all(worker);
-		mailbox_ack(&worker->box, waiter, 0, waiter->msg.value);
-	}
+	if (!waiter)
+		return;
+	waiter->kept |= kept;
+	if (--waiter->waiting)
+		return;
+	ring_publish_all(worker);
+	mailbox_ack(&worker->box, waiter, waiter->kept ? -ETIMEDOUT : 0, waiter->msg.value);
 }
 
 static inline void finish(struct worker *worker, struct command *command)
 {
 	if (__builtin_expect(command->doomed, 0)) {
-		end_doomed(worker, command);
+		end_doomed(worker, command, command->cmd.result && command->cmd.result->kept);
 	} else if (is_torn(worker, command)) {
 		command_respond(worker, command, VIRTIO_SCSI_S_FAILURE, 0);
 	} else if (command->cmd.result) {
@@ -457,7 +461,7 @@ bool command_kill(struct worker *worker, struct command *command, uint8_t respon
 		worker->running--;
 		COUNT(worker, abandoned);
 		if (command->doomed) {
-			end_doomed(worker, command);
+			end_doomed(worker, command, true);
 			return true;
 		}
 		break;

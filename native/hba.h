@@ -20,33 +20,39 @@
 #define VFC_SG_SENSE 96		/* what the kernel keeps of sense data */
 
 /*
- * A number of commands that several units share, such as the commands that a SCSI host takes at a time.  Counted, as
- * all handles.  Below it a submission never waits for a tag of the kernel's.
+ * Commands with the kernel, counted, and how many of them there may be at a time: all of a SCSI host, or those of one
+ * unit whatever the routes that led there.  Below the limit of the host a submission never waits for a tag of the
+ * kernel's.  Counted itself, as all handles.
  */
 struct vfc_credits;
 
 int vfc_credits_new(uint32_t limit, struct vfc_credits **ret_credits);
 void vfc_credits_set(struct vfc_credits *credits, uint32_t limit);
+/* Commands of the workers that the kernel has now, those included that were answered without it. */
+uint32_t vfc_credits_used(const struct vfc_credits *credits);
+/* Of these, those that were answered without it and may still change what is on the medium. */
+uint32_t vfc_credits_stale(const struct vfc_credits *credits);
+/* So many more or fewer of those, by somebody who sends commands to the unit beside the workers. */
+void vfc_credits_spoil(struct vfc_credits *credits, int32_t by);
 void vfc_credits_put(struct vfc_credits *credits);
 
 struct vfc_sg_setup {
 	const int32_t *fds;	/* open files of the same unit, O_RDWR and O_NONBLOCK */
 	uint32_t count;
 	uint32_t share;		/* of these, for each worker: worker n has fds[n * share] and on */
-	uint32_t credits;	/* commands at a time, all workers together */
 	uint32_t max_transfer;	/* bytes; more is answered CHECK CONDITION */
 	uint32_t grace_ms;	/* after a command's time, for the kernel to end it; then it is answered without */
+	int32_t port_state_fd;	/* port_state of the unit's remote port in sysfs; -1: nobody knows it */
+	struct vfc_credits *own;	/* of the unit, all workers together, and the same for all its media */
 	struct vfc_credits *host;
 	uint16_t timeouts[256];	/* seconds, by opcode */
 };
 
-/* A medium whose commands go as they are: a route to it runs every opcode of its mask.  -EINVAL: a number is 0. */
+/*
+ * A medium whose commands go as they are: a route to it runs every opcode of its mask.  -EINVAL: a number is 0.
+ * When its last route has ended it stays until the kernel has given back all that it has of it.
+ */
 int vfc_sg_medium_new(const struct vfc_sg_setup *setup, struct vfc_medium **ret_medium);
-/* Another hold on the same, for as long as somebody wants to count its commands or limit them. */
-struct vfc_medium *vfc_sg_hold(struct vfc_medium *medium);
-void vfc_sg_limit(struct vfc_medium *medium, uint32_t credits);
-/* Commands of the workers that the kernel has now, those included that were answered without it. */
-uint32_t vfc_sg_in_flight(const struct vfc_medium *medium);
 
 /* ---------------------------------------------------------------- single commands, for Python */
 

@@ -29,6 +29,7 @@ struct mail {
 	struct mail *next;
 	enum mail_kind kind;
 	uint32_t waiting;	/* ABORT: commands that have yet to come back */
+	bool kept;		/* ABORT: one of them was answered without the device */
 	struct vfc_msg msg;	/* MAIL_MESSAGE: fds are dup'ed, mem and medium held */
 	struct vfc_answer answer;	/* MAIL_REPLY*: sense and data_in point behind the mail */
 };

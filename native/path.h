@@ -60,7 +60,8 @@ struct vfc_result {
 	uint8_t response;	/* virtio-scsi */
 	uint8_t status;		/* SAM */
 	uint8_t sense_length;
-	bool refused;		/* it has not begun: nothing was moved */
+	bool refused;		/* it has not begun, or nobody knows: nothing was moved */
+	bool kept;		/* answered without the device, which may still run it */
 	uint32_t residual;
 	uint32_t moved;		/* bytes of data-in */
 	const uint8_t *sense;
@@ -80,7 +81,7 @@ struct vfc_cmd {
 	uint64_t length;	/* bytes = sum of iov */
 	int error;		/* 0 or -errno once finished */
 	uint32_t holder;	/* VFC_BUSY: who has the latch; 0: a limit was met */
-	uint64_t done;		/* bytes that a parked command has moved already; 0 on its first submit */
+	uint64_t done;		/* 0 on its first submit; of a parked one bytes moved already, or (sg) until when it may wait */
 	void *priv;		/* the path's own */
 	const struct vfc_result *result;	/* once finished; NULL: ->error tells all.  Good until the next submit() */
 };

@@ -8,7 +8,10 @@
  *
  * The kernel knows no way to take a command back.  It ends one itself after the time that the command came with; when
  * it fails to, we answer without it some seconds later.  Such a command may still run, so until it has come back new
- * ones for the unit are answered BUSY: a late WRITE must not overwrite what was written after it was given up.
+ * ones for the unit are answered BUSY: a late WRITE must not overwrite what was written after it was given up.  That is
+ * counted by the unit, not by a route: a lane stays behind without one until the kernel has given everything back.
+ * What the kernel keeps is not waited for: when only that is in the way of a command it is answered BUSY, and what
+ * waits beside others waits no longer than it would have had with the kernel.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -20,144 +23,16 @@
 #include <time.h>
 #include <unistd.h>
 
-#include "iov.h"
 #include "medium.h"
-#include "sg.h"
+#include "path_sg.h"
 #include "worker.h"
 
 #define SMALL 65536		/* a buffer that is kept for the next */
 #define KEEP 64
 #define LIMIT (64u << 20)	/* bytes of a worker's buffers in use */
-#define TICK_NS 1000000000l	/* between looks at what is late */
-#define HASTE_NS 5000000l	/* the same while a device is on its way out */
-#define READY 16
 #define NS_PER_S 1000000000ull
 #define NS_PER_MS 1000000ull
 #define SAM_BUSY 0x08
-
-struct stream;
-
-struct slot {
-	struct stream *stream;
-	struct vfc_cmd *cmd;	/* NULL while under way: abandoned */
-	bool under_way;
-	bool stale;		/* abandoned, and counted so by its unit */
-	bool in;		/* data-in */
-	uint64_t deadline;	/* ns */
-	uint8_t *buffer;
-	size_t room;
-	uint8_t cdb[32];
-	uint8_t sense[VFC_SG_SENSE];
-	struct vfc_result result;
-	struct slot *next;	/* free */
-};
-
-struct stream {
-	struct lane *lane;
-	int fd;
-	bool hung;		/* the device is being removed: looked after by the timer */
-	bool gone;		/* nothing will come any more */
-	uint32_t under_way;
-	struct slot *free;
-	struct slot slots[VFC_SG_QUEUE];
-};
-
-struct lane {
-	struct sg_unit *unit;
-	struct lane *next, **link;
-	uint32_t users;		/* routes: a new one over the same files begins before the old one has ended */
-	uint32_t count, turn;
-	struct stream streams[];
-};
-
-struct spare {
-	struct spare *next;
-};
-
-struct sg {
-	struct vfc_path_engine base;
-	struct spare *spares;	/* of SMALL bytes */
-	uint32_t kept;
-	int epoll_fd, timer_fd;
-	bool ticking, hasty;
-	uint32_t under_way;
-	size_t bytes;
-	struct lane *lanes;
-};
-
-static struct sg *sg_of(struct vfc_path_engine *engine)
-{
-	return (struct sg *)engine;	/* its first member */
-}
-
-static void tick_after(struct sg *sg, long ns)
-{
-	struct itimerspec when = { .it_value = { ns / (long)NS_PER_S, ns % (long)NS_PER_S } };
-
-	timerfd_settime(sg->timer_fd, 0, &when, NULL);
-	sg->ticking = true;
-	sg->hasty = ns < TICK_NS;
-}
-
-/* ---------------------------------------------------------------- results */
-
-static uint8_t response_of(uint16_t host_status)
-{
-	switch (host_status) {
-	case 0x00:	/* DID_OK */
-		return VIRTIO_SCSI_S_OK;
-	case 0x04:	/* DID_BAD_TARGET */
-		return VIRTIO_SCSI_S_BAD_TARGET;
-	case 0x05:	/* DID_ABORT */
-		return VIRTIO_SCSI_S_ABORTED;
-	case 0x08:	/* DID_RESET */
-		return VIRTIO_SCSI_S_RESET;
-	case 0x02:	/* DID_BUS_BUSY */
-	case 0x0b:	/* DID_SOFT_ERROR */
-	case 0x0c:	/* DID_IMM_RETRY */
-	case 0x0d:	/* DID_REQUEUE */
-		return VIRTIO_SCSI_S_BUSY;
-	case 0x01:	/* DID_NO_CONNECT: the remote port may be back one day; a unit that is gone loses its route */
-	case 0x03:	/* DID_TIME_OUT: the kernel has aborted it */
-	case 0x0e:	/* DID_TRANSPORT_DISRUPTED */
-	case 0x0f:	/* DID_TRANSPORT_FAILFAST */
-	case 0x14:	/* DID_TRANSPORT_MARGINAL */
-		return VIRTIO_SCSI_S_TRANSPORT_FAILURE;
-	case 0x10:	/* DID_TARGET_FAILURE, before Linux 5.17 as those that follow */
-		return VIRTIO_SCSI_S_TARGET_FAILURE;
-	case 0x11:	/* DID_NEXUS_FAILURE */
-		return VIRTIO_SCSI_S_NEXUS_FAILURE;
-	default:	/* DID_PARITY, DID_ERROR, DID_BAD_INTR, DID_PASSTHROUGH, DID_ALLOC_FAILURE, DID_MEDIUM_ERROR */
-		return VIRTIO_SCSI_S_FAILURE;
-	}
-}
-
-static struct vfc_cmd *conclude(struct slot *slot, const struct sg_io_hdr *header)
-{
-	struct vfc_cmd *cmd = slot->cmd;
-	uint32_t length = header->dxfer_len, left = header->resid > 0 ? (uint32_t)header->resid : 0;
-
-	if (!cmd)
-		return NULL;
-	if (left > length)
-		left = length;
-	slot->result = (struct vfc_result){
-		.response = response_of(header->host_status),
-		.status = header->status,
-		.residual = left,
-	};
-	if (slot->result.response == VIRTIO_SCSI_S_OK) {
-		slot->result.sense = slot->sense;
-		slot->result.sense_length = header->sb_len_wr < VFC_SG_SENSE ? header->sb_len_wr : VFC_SG_SENSE;
-		if (slot->in && length > left)
-			slot->result.moved = (uint32_t)iov_write(cmd->iov, cmd->iov_count, 0, slot->buffer, length - left);
-	} else {
-		slot->result.status = 0;
-		slot->result.residual = length;
-	}
-	cmd->result = &slot->result;
-	return cmd;
-}
 
 /* ---------------------------------------------------------------- slots */
 
@@ -195,29 +70,26 @@ static void give_buffer(struct sg *sg, struct slot *slot)
 	sg->kept++;
 }
 
-static void release(struct sg *sg, struct slot *slot)
+void sg_release(struct sg *sg, struct slot *slot)
 {
 	struct stream *stream = slot->stream;
+	struct lane *lane = stream->lane;
 
+	if (!slot->cmd) {
+		sg_credit_back(lane->unit, !slot->in);
+		lane->kept--;
+		sg->kept_bytes -= slot->buffer ? slot->room : 0;
+	}
 	give_buffer(sg, slot);
-	if (slot->stale)
-		atomic_fetch_sub(&stream->lane->unit->stale, 1);
-	slot->stale = slot->under_way = false;
+	sg->doubts -= slot->doubtful;
+	slot->under_way = slot->doubtful = false;
 	slot->cmd = NULL;
-	sg_credit_give(stream->lane->unit);
+	sg_credit_give(lane->unit);
 	stream->under_way--;
+	lane->under_way--;
 	sg->under_way--;
 	slot->next = stream->free;
 	stream->free = slot;
-}
-
-static void let_go(struct slot *slot)
-{
-	slot->cmd = NULL;
-	if (slot->in)
-		return;
-	slot->stale = true;
-	atomic_fetch_add(&slot->stream->lane->unit->stale, 1);
 }
 
 static struct stream *pick(struct lane *lane)
@@ -252,8 +124,8 @@ static enum vfc_submit answer(struct vfc_cmd *cmd, const struct vfc_result *resu
 static const struct vfc_result busy_unit = { .refused = true, .response = VIRTIO_SCSI_S_OK, .status = SAM_BUSY };
 static const struct vfc_result no_memory = { .refused = true, .response = VIRTIO_SCSI_S_BUSY };
 static const struct vfc_result no_device = { .refused = true, .response = VIRTIO_SCSI_S_BAD_TARGET };
+static const struct vfc_result no_room = { .refused = true, .response = VIRTIO_SCSI_S_TRANSPORT_FAILURE };
 static const struct vfc_result failed = { .refused = true, .response = VIRTIO_SCSI_S_FAILURE };
-static const struct vfc_result late = { .refused = true, .response = VIRTIO_SCSI_S_TRANSPORT_FAILURE };
 /* ILLEGAL REQUEST, INVALID FIELD IN CDB: more than the port can carry, as the Block Limits page has told. */
 static const uint8_t invalid_field[18] = { 0x70, 0, 5, 0, 0, 0, 0, 10, 0, 0, 0, 0, 0x24, 0 };
 static const struct vfc_result too_long = {
@@ -264,12 +136,30 @@ static const struct vfc_result too_long = {
 	.sense_length = sizeof(invalid_field),
 };
 
-static enum vfc_submit refused(struct vfc_cmd *cmd, int error)
+static uint64_t patience(const struct sg_unit *unit, uint8_t opcode)
+{
+	return unit->timeouts[opcode] * NS_PER_S + unit->grace_ms * NS_PER_MS;
+}
+
+/* There is no room for it now. */
+static enum vfc_submit wait_for_room(const struct sg *sg, const struct lane *lane, struct vfc_cmd *cmd)
+{
+	uint64_t now = worker_now();
+
+	if (sg_credit_lost(lane->unit) || lane->kept == lane->count * VFC_SG_QUEUE ||
+	    (cmd->op == VFC_OP_READ && sg->kept_bytes && sg->kept_bytes + cmd->length > LIMIT))
+		return answer(cmd, &busy_unit);
+	if (!cmd->done)
+		cmd->done = now + patience(lane->unit, cmd->cdb[0]);
+	return now < cmd->done ? VFC_BUSY : answer(cmd, &no_room);
+}
+
+static enum vfc_submit refused(const struct sg *sg, const struct lane *lane, struct vfc_cmd *cmd, int error)
 {
 	switch (error) {
 	case EAGAIN:
 	case EDOM:	/* 16 are on their way in this file, whatever we count */
-		return VFC_BUSY;
+		return wait_for_room(sg, lane, cmd);
 	case ENOMEM:
 		return answer(cmd, &no_memory);
 	case ENODEV:
@@ -302,12 +192,12 @@ static enum vfc_submit submit(struct vfc_path_engine *engine, struct vfc_cmd *cm
 	cmd->holder = 0;
 	if (all_gone(lane))
 		return answer(cmd, &no_device);
-	if (atomic_load_explicit(&unit->stale, memory_order_relaxed))
+	if (vfc_credits_stale(unit->own))
 		return answer(cmd, &busy_unit);
 	if (cmd->length > unit->max_transfer)
 		return answer(cmd, &too_long);
 	if (!stream || (cmd->op == VFC_OP_READ && sg->bytes && sg->bytes + cmd->length > LIMIT) || !sg_credit_take(unit))
-		return VFC_BUSY;
+		return wait_for_room(sg, lane, cmd);
 	slot = stream->free;
 	slot->in = cmd->op == VFC_OP_READ;
 	if (slot->in && !take_buffer(sg, slot, cmd->length)) {
@@ -339,142 +229,24 @@ static enum vfc_submit submit(struct vfc_path_engine *engine, struct vfc_cmd *cm
 		error = written < 0 ? errno : EIO;
 		give_buffer(sg, slot);
 		sg_credit_give(unit);
-		return refused(cmd, error);
+		return refused(sg, lane, cmd, error);
 	}
 	stream->free = slot->next;
 	slot->cmd = cmd;
 	slot->under_way = true;
-	slot->deadline = worker_now() + unit->timeouts[slot->cdb[0]] * NS_PER_S + unit->grace_ms * NS_PER_MS;
+	slot->deadline = worker_now() + patience(unit, slot->cdb[0]);
 	stream->under_way++;
+	lane->under_way++;
 	sg->under_way++;
 	cmd->priv = slot;
 	if (!sg->ticking)
-		tick_after(sg, TICK_NS);
+		sg_tick_after(sg, SG_TICK_NS);
 	return VFC_QUEUED;
 }
 
 static void flush(struct vfc_path_engine *engine)
 {
 	(void)engine;
-}
-
-/* ---------------------------------------------------------------- completion */
-
-/* All that are still under way have ended with the device. */
-static unsigned fail_all(struct sg *sg, struct stream *stream, struct vfc_cmd **done, unsigned count, unsigned max)
-{
-	for (unsigned i = 0; i < VFC_SG_QUEUE && count < max; i++) {
-		struct slot *slot = &stream->slots[i];
-
-		if (!slot->under_way)
-			continue;
-		if (slot->cmd) {
-			slot->cmd->result = &no_device;
-			done[count++] = slot->cmd;
-		}
-		release(sg, slot);
-	}
-	return count;
-}
-
-static void stop_watching(struct sg *sg, struct stream *stream)
-{
-	if (!stream->hung)
-		epoll_ctl(sg->epoll_fd, EPOLL_CTL_DEL, stream->fd, NULL);
-	stream->hung = true;
-	stream->gone = true;
-}
-
-static unsigned drain(struct sg *sg, struct stream *stream, bool leaving, struct vfc_cmd **done, unsigned count,
-		      unsigned max)
-{
-	while (count < max) {
-		struct sg_io_hdr header = { .interface_id = 'S' };
-		ssize_t got = read(stream->fd, &header, sizeof(header));
-		struct slot *slot = header.usr_ptr;
-		struct vfc_cmd *cmd;
-
-		if (got < 0 && (errno == EAGAIN || errno == EINTR)) {
-			/* It is being removed, and some have not come back: the kernel says so all the time. */
-			if (leaving)
-				stop_watching(sg, stream);
-			break;
-		}
-		if (!slot) {
-			stop_watching(sg, stream);
-			count = fail_all(sg, stream, done, count, max);
-			break;
-		}
-		cmd = conclude(slot, &header);
-		release(sg, slot);
-		if (cmd)
-			done[count++] = cmd;
-	}
-	return count;
-}
-
-/* Whether a command has been with the kernel for longer than it and we had agreed. */
-static unsigned look_for_late(struct stream *stream, uint64_t now, struct vfc_cmd **done, unsigned count, unsigned max)
-{
-	for (unsigned i = 0; i < VFC_SG_QUEUE && count < max; i++) {
-		struct slot *slot = &stream->slots[i];
-
-		if (!slot->under_way || !slot->cmd || now < slot->deadline)
-			continue;
-		slot->cmd->result = &late;
-		done[count++] = slot->cmd;
-		let_go(slot);
-	}
-	return count;
-}
-
-static unsigned tick(struct sg *sg, struct vfc_cmd **done, unsigned count, unsigned max)
-{
-	uint64_t now = worker_now(), expirations;
-	bool haste = false;
-
-	(void)!read(sg->timer_fd, &expirations, sizeof(expirations));
-	for (struct lane *lane = sg->lanes; lane; lane = lane->next)
-		for (uint32_t i = 0; i < lane->count; i++) {
-			struct stream *stream = &lane->streams[i];
-
-			if (!stream->under_way)
-				continue;
-			count = look_for_late(stream, now, done, count, max);
-			if (stream->hung && stream->under_way)
-				count = drain(sg, stream, false, done, count, max);
-			haste |= stream->hung && stream->under_way;
-		}
-	sg->ticking = sg->hasty = false;
-	if (haste || count == max)
-		tick_after(sg, HASTE_NS);
-	else if (sg->under_way)
-		tick_after(sg, TICK_NS);
-	return count;
-}
-
-static unsigned reap(struct vfc_path_engine *engine, struct vfc_cmd **done, unsigned max)
-{
-	struct sg *sg = sg_of(engine);
-	struct epoll_event ready[READY];
-	unsigned count = 0;
-	int found;
-
-	if (!sg->lanes)
-		return 0;
-	found = epoll_wait(sg->epoll_fd, ready, READY, 0);
-	for (int i = 0; i < found && count < max; i++) {
-		struct stream *stream = ready[i].data.ptr;
-
-		if (!stream) {
-			count = tick(sg, done, count, max);
-			continue;
-		}
-		count = drain(sg, stream, ready[i].events & (EPOLLHUP | EPOLLERR), done, count, max);
-		if (stream->hung && stream->under_way && !sg->hasty)
-			tick_after(sg, HASTE_NS);
-	}
-	return count;
 }
 
 /* ---------------------------------------------------------------- giving up */
@@ -487,8 +259,7 @@ static void cancel(struct vfc_path_engine *engine, struct vfc_cmd *cmd)
 
 static bool abandon(struct vfc_path_engine *engine, struct vfc_cmd *cmd)
 {
-	(void)engine;
-	let_go(cmd->priv);
+	sg_let_go(sg_of(engine), cmd->priv);
 	return true;
 }
 
@@ -506,6 +277,7 @@ static bool idle(struct vfc_path_engine *engine)
 
 /* ---------------------------------------------------------------- beginning and end */
 
+/* What the kernel still has of it stays counted: it has it, and nobody will learn when that ends. */
 static void close_lane(struct sg *sg, struct lane *lane)
 {
 	*lane->link = lane->next;
@@ -517,10 +289,26 @@ static void close_lane(struct sg *sg, struct lane *lane)
 		if (!stream->hung)
 			epoll_ctl(sg->epoll_fd, EPOLL_CTL_DEL, stream->fd, NULL);
 		for (unsigned n = 0; n < VFC_SG_QUEUE; n++)
-			if (stream->slots[n].under_way)
-				release(sg, &stream->slots[n]);
+			free(stream->slots[n].buffer);
 	}
+	vfc_medium_put(lane->medium);
 	free(lane);
+	if (!sg->lanes)
+		sg_tick_no_more(sg);
+}
+
+void sg_end_lanes(struct sg *sg)
+{
+	sg->leaving = false;
+	for (struct lane *lane = sg->lanes, *next; lane; lane = next) {
+		next = lane->next;
+		if (lane->users)
+			continue;
+		if (lane->under_way)
+			sg->leaving = true;
+		else
+			close_lane(sg, lane);
+	}
 }
 
 static void path_close(struct vfc_path_engine *engine, struct vfc_path *path)
@@ -529,7 +317,7 @@ static void path_close(struct vfc_path_engine *engine, struct vfc_path *path)
 
 	path->own = NULL;
 	if (!--lane->users)
-		close_lane(sg_of(engine), lane);
+		sg_end_lanes(sg_of(engine));
 }
 
 static int path_open(struct vfc_path_engine *engine, struct vfc_path *path, uint32_t worker)
@@ -549,6 +337,7 @@ static int path_open(struct vfc_path_engine *engine, struct vfc_path *path, uint
 	lane = calloc(1, sizeof(*lane) + unit->share * sizeof(lane->streams[0]));
 	if (!lane)
 		return -ENOMEM;
+	lane->medium = medium_hold(path->medium);
 	lane->unit = unit;
 	lane->users = 1;
 	lane->link = &sg->lanes;
@@ -585,7 +374,7 @@ static const struct vfc_path_ops ops = {
 	.close = path_close,
 	.submit = submit,
 	.flush = flush,
-	.reap = reap,
+	.reap = sg_reap,
 	.cancel = cancel,
 	.abandon = abandon,
 	.wait_fd = wait_fd,
@@ -618,6 +407,8 @@ void path_sg_free(struct vfc_path_engine *engine)
 {
 	struct sg *sg = sg_of(engine);
 
+	while (sg->lanes)
+		close_lane(sg, sg->lanes);
 	while (sg->spares) {
 		struct spare *spare = sg->spares;
 

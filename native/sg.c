@@ -28,9 +28,30 @@ int vfc_credits_new(uint32_t limit, struct vfc_credits **ret_credits)
 	return 0;
 }
 
+static struct vfc_credits *credits_hold(struct vfc_credits *credits)
+{
+	atomic_fetch_add(&credits->holds, 1);
+	return credits;
+}
+
 void vfc_credits_set(struct vfc_credits *credits, uint32_t limit)
 {
 	atomic_store(&credits->limit, limit);
+}
+
+uint32_t vfc_credits_used(const struct vfc_credits *credits)
+{
+	return atomic_load(&credits->used);
+}
+
+uint32_t vfc_credits_stale(const struct vfc_credits *credits)
+{
+	return atomic_load(&credits->stale);
+}
+
+void vfc_credits_spoil(struct vfc_credits *credits, int32_t by)
+{
+	atomic_fetch_add(&credits->stale, (uint32_t)by);
 }
 
 void vfc_credits_put(struct vfc_credits *credits)
@@ -39,34 +60,65 @@ void vfc_credits_put(struct vfc_credits *credits)
 		free(credits);
 }
 
-static bool take(_Atomic uint32_t *used, uint32_t limit)
+static bool take(struct vfc_credits *credits)
 {
-	if (atomic_fetch_add(used, 1) < limit)
+	if (atomic_fetch_add(&credits->used, 1) < atomic_load_explicit(&credits->limit, memory_order_relaxed))
 		return true;
-	atomic_fetch_sub(used, 1);
+	atomic_fetch_sub(&credits->used, 1);
 	return false;
 }
 
 bool sg_credit_take(struct sg_unit *unit)
 {
-	if (!take(&unit->in_flight, atomic_load_explicit(&unit->credits, memory_order_relaxed)))
+	if (!take(unit->own))
 		return false;
-	if (take(&unit->host->used, atomic_load_explicit(&unit->host->limit, memory_order_relaxed)))
+	if (take(unit->host))
 		return true;
-	atomic_fetch_sub(&unit->in_flight, 1);
+	atomic_fetch_sub(&unit->own->used, 1);
 	return false;
 }
 
 void sg_credit_give(struct sg_unit *unit)
 {
 	atomic_fetch_sub(&unit->host->used, 1);
-	atomic_fetch_sub(&unit->in_flight, 1);
+	atomic_fetch_sub(&unit->own->used, 1);
+}
+
+void sg_credit_keep(struct sg_unit *unit, bool stale)
+{
+	atomic_fetch_add(&unit->host->kept, 1);
+	atomic_fetch_add(&unit->own->kept, 1);
+	if (stale)
+		atomic_fetch_add(&unit->own->stale, 1);
+}
+
+void sg_credit_back(struct sg_unit *unit, bool stale)
+{
+	if (stale)
+		atomic_fetch_sub(&unit->own->stale, 1);
+	atomic_fetch_sub(&unit->own->kept, 1);
+	atomic_fetch_sub(&unit->host->kept, 1);
+}
+
+static bool lost(const struct vfc_credits *credits)
+{
+	return atomic_load(&credits->kept) >= atomic_load(&credits->limit);
+}
+
+bool sg_credit_lost(const struct sg_unit *unit)
+{
+	return lost(unit->own) || lost(unit->host);
 }
 
 /* ---------------------------------------------------------------- a unit */
 
-static int keep_fds(struct sg_unit *unit, const int32_t *fds, uint32_t count)
+static int keep_fds(struct sg_unit *unit, const int32_t *fds, uint32_t count, int port_state_fd)
 {
+	if (port_state_fd >= 0) {
+		unit->port_state_fd = fcntl(port_state_fd, F_DUPFD_CLOEXEC, 0);
+		if (unit->port_state_fd < 0)
+			return -errno;
+	}
 	unit->fds = calloc(count, sizeof(*unit->fds));
 	if (!unit->fds)
 		return -ENOMEM;
@@ -87,7 +139,7 @@ int vfc_sg_medium_new(const struct vfc_sg_setup *setup, struct vfc_medium **ret_
 	struct sg_unit *unit;
 	int error;
 
-	if (!setup->count || !setup->share || !setup->credits || !setup->max_transfer || !setup->host)
+	if (!setup->count || !setup->share || !setup->max_transfer || !setup->own || !setup->host)
 		return -EINVAL;
 	medium = calloc(1, sizeof(*medium));
 	unit = calloc(1, sizeof(*unit));
@@ -105,11 +157,11 @@ int vfc_sg_medium_new(const struct vfc_sg_setup *setup, struct vfc_medium **ret_
 	unit->share = setup->share;
 	unit->max_transfer = setup->max_transfer;
 	unit->grace_ms = setup->grace_ms;
-	atomic_init(&unit->credits, setup->credits);
+	unit->port_state_fd = -1;
 	memcpy(unit->timeouts, setup->timeouts, sizeof(unit->timeouts));
-	unit->host = setup->host;
-	atomic_fetch_add(&unit->host->holds, 1);
-	error = keep_fds(unit, setup->fds, setup->count);
+	unit->own = credits_hold(setup->own);
+	unit->host = credits_hold(setup->host);
+	error = keep_fds(unit, setup->fds, setup->count, setup->port_state_fd);
 	if (error) {
 		vfc_medium_put(medium);
 		return error;
@@ -124,24 +176,12 @@ void sg_unit_free(struct sg_unit *unit)
 		return;
 	for (uint32_t i = 0; i < unit->count; i++)
 		close(unit->fds[i]);
+	if (unit->port_state_fd >= 0)
+		close(unit->port_state_fd);
+	vfc_credits_put(unit->own);
 	vfc_credits_put(unit->host);
 	free(unit->fds);
 	free(unit);
-}
-
-struct vfc_medium *vfc_sg_hold(struct vfc_medium *medium)
-{
-	return medium_hold(medium);
-}
-
-void vfc_sg_limit(struct vfc_medium *medium, uint32_t credits)
-{
-	atomic_store(&medium->sg->credits, credits);
-}
-
-uint32_t vfc_sg_in_flight(const struct vfc_medium *medium)
-{
-	return atomic_load(&medium->sg->in_flight);
 }
 
 /*

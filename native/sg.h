@@ -4,6 +4,7 @@
 #ifndef VFC_SG_H
 #define VFC_SG_H
 #include <stdatomic.h>
+#include <stdbool.h>
 #include <stdint.h>
 
 #include "hba.h"
@@ -14,6 +15,8 @@ struct vfc_credits {
 	_Atomic uint32_t holds;
 	_Atomic uint32_t limit;
 	_Atomic uint32_t used;
+	_Atomic uint32_t kept;	/* of these: answered without the kernel, which may have them for ever */
+	_Atomic uint32_t stale;	/* of these: may still change what is on the medium */
 };
 
 struct sg_unit {
@@ -22,16 +25,19 @@ struct sg_unit {
 	uint32_t share;
 	uint32_t max_transfer;
 	uint32_t grace_ms;
-	struct vfc_credits *host;
-	_Atomic uint32_t credits;
-	_Atomic uint32_t in_flight;
-	_Atomic uint32_t stale;	/* answered without the kernel, and may still change what is on the medium */
+	int port_state_fd;
+	struct vfc_credits *own, *host;
 	uint16_t timeouts[256];
 };
 
-/* Both or neither. */
+/* One of the unit and one of its host, or neither. */
 bool sg_credit_take(struct sg_unit *unit);
 void sg_credit_give(struct sg_unit *unit);
+/* A command was answered and the kernel has it still; and the end of that. */
+void sg_credit_keep(struct sg_unit *unit, bool stale);
+void sg_credit_back(struct sg_unit *unit, bool stale);
+/* Whether all that there may be is kept so: nothing that somebody waits for will make room. */
+bool sg_credit_lost(const struct sg_unit *unit);
 /* Bytes of the CDB that begins so (SPC-4 4.2.5.1): what is behind is not the command's. */
 uint32_t sg_cdb_length(const uint8_t *cdb);
 void sg_unit_free(struct sg_unit *unit);

@@ -134,7 +134,11 @@ enum vfc_msg_kind {
 	VFC_MSG_RING_STOP,	/* index, value = drain time in ms; acked with value = its position, as `base` has it */
 	VFC_MSG_TARGET,		/* index = target, value 0/1: 0 answers BAD_TARGET, 1 punts what has no route */
 	VFC_MSG_ROUTE,		/* route: acked when nothing admitted under the old one can touch the medium */
-	VFC_MSG_ABORT,		/* match: complete in-flight commands with .response; acked with the count */
+	/*
+	 * match: complete in-flight commands with .response; acked with the count.  -ETIMEDOUT, and the count: of these,
+	 * some had to be answered while their device has them still
+	 */
+	VFC_MSG_ABORT,
 	VFC_MSG_QUERY,		/* match: acked with the count of in-flight commands */
 	VFC_MSG_EVENT,		/* event: put it into an event buffer; acked with 1, or 0 when there is no buffer */
 	VFC_MSG_RESET		/* drop all rings' state (RESET_DEVICE); rings are stopped already */

@@ -136,6 +136,7 @@ static void abort_or_query(struct worker *worker, struct mail *mail)
 	uint32_t count = 0;
 
 	mail->waiting = 0;
+	mail->kept = false;
 	for (uint32_t i = 0; i < VFC_MAX_RINGS; i++) {
 		struct ring *ring = worker->rings[i];
 

@@ -8,7 +8,7 @@
  *	express.c the few commands that are nearly all of them, from the ring to the used ring in one go
  *	command.c the life of one command: run, parked, punted, answered
  *	vscsi.c   what a virtio-scsi request says
- *	path_*.c  where commands go: memory, files, and (path_sg.c) devices that take them as they are
+ *	path_*.c  where commands go: memory, files, and (path_sg*.c) devices that take them as they are
  *
  * Everything here belongs to the worker's thread but what is marked (any thread).
  */

@@ -523,7 +523,8 @@ class Engine:
         self._post(worker, message)
 
     def abort(self, worker: int, seq: int, match: Match) -> None:
-        """Ack value: how many commands were ended; they are in the used rings by then."""
+        """Ack value: how many commands were ended; they are in the used rings by then.  Ack result -ETIMEDOUT: some
+        were answered while their device still has them."""
         self._match(lib.VFC_MSG_ABORT, worker, seq, match)
 
     def query(self, worker: int, seq: int, match: Match) -> None:

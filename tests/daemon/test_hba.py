@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 import struct
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -40,6 +41,7 @@ from vhostfc.ports.base import (
     Topology,
     Unit,
 )
+from vhostfc.ports.sg import Credits, SgMedium
 from vhostfc.virtio.scsi import Response, TmfSubtype
 
 ME = PortIdentity(Wwn(0x5001438012345678), Wwn(0x5001438012345679))
@@ -68,12 +70,15 @@ def medium() -> Medium:
 class FakePath:
     """A path whose one route stays until it is given up."""
 
-    def __init__(self, unit: Unit, said: list[str]) -> None:
+    def __init__(self, unit: Unit, said: list[str], medium: Medium) -> None:
         self.unit = unit
         self._said = said
+        self._medium = medium
 
     async def changes(self) -> AsyncIterator[RouteChange]:
-        yield RouteChange(Route(FAST, medium()), acknowledge=lambda: self._said.append(f"routed {self.unit.lun[1]}"))
+        yield RouteChange(
+            Route(FAST, self._medium), acknowledge=lambda: self._said.append(f"routed {self.unit.lun[1]}")
+        )
         await trio.sleep_forever()
 
     async def aclose(self) -> None:
@@ -96,11 +101,13 @@ class _Task:
 class FakeFabric:
     """The fabric and the port on it.  said: what happened, in order.
 
-    hold: commands are not answered.  gate: what rescan() and open_path() wait for.
+    medium: makes what a route leads to.  hold: commands are not answered.  gate: what rescan() and open_path() wait
+    for.
     """
 
     def __init__(self) -> None:
         self.identity = ME
+        self.medium: Callable[[], Medium] = medium
         self.remotes: dict[Wwn, dict[int, bytes]] = {ARRAY: {0: b"disk"}}
         self.said: list[str] = []
         self.hold = False
@@ -185,7 +192,7 @@ class FakeFabric:
 
     async def open_path(self, unit: Unit) -> FakePath | None:
         await self._pass()
-        return FakePath(unit, self.said)
+        return FakePath(unit, self.said, self.medium())
 
 
 async def until(truth: Callable[[], object]) -> None:
@@ -463,3 +470,36 @@ async def test_a_target_that_does_not_answer_is_no_success(make: Callable[..., L
         assert await driver.manage(TmfSubtype.LOGICAL_UNIT_RESET, 0, 0) == Response.TARGET_FAILURE
         assert await driver.manage(TmfSubtype.LOGICAL_UNIT_RESET, 0, 9) == Response.INCORRECT_LUN
         assert await driver.manage(TmfSubtype.LOGICAL_UNIT_RESET, 9, 0) == Response.BAD_TARGET
+
+
+async def test_a_function_whose_command_its_device_keeps_is_no_success(make: Callable[..., Lab]) -> None:
+    """The target says that it is done, but a worker's command does not come back and is answered without."""
+    lab = make()
+    ours, kernel = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    ours.setblocking(False)
+
+    def generic() -> Medium:
+        return SgMedium(
+            [ours.fileno()],
+            share=1,
+            max_transfer=1 << 20,
+            grace=0,
+            own=Credits(8),
+            host=Credits(8),
+            timeouts=[1] * 256,
+        )
+
+    lab.fabric.medium = generic
+    with ours, kernel:
+        async with lab.running(), ScsiDriver.open(lab.config.socket) as driver, trio.open_nursery() as nursery:
+            await until(lambda: "routed 0" in lab.fabric.said)
+            answers: list[Answer] = []
+
+            async def read() -> None:
+                answers.append(await driver.command(0, 0, READ, data_in=512, tag=7))
+
+            nursery.start_soon(read)
+            await trio.lowlevel.wait_readable(kernel)
+            assert await driver.manage(TmfSubtype.ABORT_TASK, 0, 0, tag=7) == Response.TARGET_FAILURE
+            await until(lambda: answers)
+            assert answers[0].response == Response.ABORTED

@@ -27,13 +27,14 @@ SOURCES = {
         "fencing",
         "paths",
         "generic",
+        "kept",
         "memory",
         "together",
     ),
     "thread": ("rings", "packed", "polling", "fencing", "paths", "memory", "together"),
 }
 #: Tests that are about commands, and so run over rings of each layout (see HARNESS_LAYOUT in harness.h).
-COMMANDS = ("requests", "fencing", "paths", "generic", "memory")
+COMMANDS = ("requests", "fencing", "paths", "generic", "kept", "memory")
 #: Those of them that look into a split ring themselves.
 OF_SPLIT_RINGS = {
     "abort_and_query_match",

@@ -373,6 +373,27 @@ def test_a_transfer_is_bounded_by_all_that_carries_it() -> None:
     assert transfer_limit(1 << 30, 1024) == 4 << 20
 
 
+async def test_units_share_the_tags_of_their_host(lab: Lab, port: NpivPort) -> None:
+    """Linux gives each its part of them, four at least, and has who wants more wait inside write(2)."""
+    found = port.lun_of(UNIT)
+    assert found is not None
+    port._paths.set_host(40, 128)
+    for units, depth in ((1, 32), (2, 20), (3, 13), (11, 4), (100, 4)):
+        port._paths.set_units(units)
+        assert port._paths.shares(found) == shares(depth)
+
+
+async def test_a_unit_more_makes_the_others_parts_smaller(lab: Lab, port: NpivPort) -> None:
+    port._paths.set_host(40, 128)
+    async with path_to(port, UNIT) as (path, changes):
+        await take_routed(changes)
+        assert isinstance(path, NpivPath)
+        assert path.workers == shares(20)[0]
+        lab.array.units[7] = FakeUnit(bytearray(4096), b"new")
+        await until(port, lambda: len(list(port.units_of(ARRAY))) == 3)
+        assert path.workers == port._paths._credits[UNIT].limit == shares(13)[0]
+
+
 async def test_a_unit_with_a_queue_of_one_is_driven_from_here(lab: Lab) -> None:
     lab.array.units[0].queue_depth = 1
     async with lab.fabric().login(ME) as port, path_to(port, UNIT) as (_, changes):
@@ -479,6 +500,52 @@ def test_an_error_while_the_remote_port_is_away_is_its_paths(host_status: int) -
 )
 def test_what_only_the_driver_status_tells(driver_status: int, status: int, outcome: Outcome) -> None:
     assert result_of(SgOutcome(status, 0, driver_status, b"", b"", 0), 512).outcome is outcome
+
+
+# ---------------------------------------------------------------- what the kernel keeps
+
+WRITE = bytes([0x2A]) + bytes(6) + (1).to_bytes(2, "big") + bytes(1)
+BUSY = ScsiResult(Outcome.COMPLETE, 8, residual=512)
+
+
+async def test_a_path_that_comes_back_counts_what_it_had(lab: Lab, port: NpivPort) -> None:
+    """Whatever route a command went by, and behind whichever node."""
+    async with path_to(port, UNIT) as (_, changes):
+        await take_routed(changes)
+        before = port._paths._credits[UNIT]
+        lab.kernel.lose(lab.vhost, lab.array)  # type: ignore[arg-type]
+        await until(port, lambda: state(port) is RemotePortState.NOT_PRESENT)
+        lab.kernel.back(lab.vhost, lab.array)  # type: ignore[arg-type]
+        await until(port, lambda: state(port) is RemotePortState.ONLINE and port.lun_of(UNIT) is not None)
+        async with path_to(port, UNIT) as (_, others):
+            await take_routed(others)
+            assert port._paths._credits[UNIT] is before
+    await port.reconcile()
+
+
+async def test_a_write_that_was_given_up_keeps_the_next_busy(lab: Lab, port: NpivPort, nursery: trio.Nursery) -> None:
+    await ready(port, UNIT)
+    lab.array.units[0].hold = True
+    given_up = trio.CancelScope()
+
+    async def send() -> None:
+        with given_up:
+            await port.execute(UNIT, WRITE, data_out=b"O" * 512)
+
+    nursery.start_soon(send)
+    while not any(node.held for node in lab.kernel.nodes.values()):
+        await trio.sleep(0.01)
+    given_up.cancel()
+    await trio.testing.wait_all_tasks_blocked(0.05)
+    assert port._paths.is_stale(UNIT)
+    lab.array.units[0].hold = False
+    assert await port.execute(UNIT, WRITE, data_out=b"N" * 512) == BUSY
+    assert (await port.execute(UNIT, bytes([0x28]) + WRITE[1:], data_in=512)).status == 0
+    lab.kernel.release(lab.array)
+    while port._paths.is_stale(UNIT):
+        await trio.sleep(0.01)
+    assert await port.execute(UNIT, WRITE, data_out=b"N" * 512) == ScsiResult(Outcome.COMPLETE)
+    assert lab.array.units[0].data[:512] == b"N" * 512
 
 
 # ---------------------------------------------------------------- changes
@@ -865,7 +932,6 @@ async def test_a_queue_depth_that_changes_is_followed(lab: Lab, port: NpivPort) 
         lab.kernel._set(at / "queue_depth", "16")
         await until(port, lambda: (now := port.lun_of(UNIT)) is not None and now.queue_depth == 16)
         assert isinstance(path, NpivPath)
-        assert path.gauge is not None
-        assert path.gauge.limit_now == shares(16)[0]
+        assert path.workers == port._paths._credits[UNIT].limit == shares(16)[0]
         lab.kernel._set(at / "queue_depth", "1")
         assert (await take(changes)).route.medium is None

@@ -235,7 +235,9 @@ class Commands:
         """A function that ends commands: at the target, then in the workers."""
         response = await port.manage(unit, function, tag=match.tag)
         if response is TaskManagementResponse.FUNCTION_COMPLETE:
-            ended = await self._workers.abort(match)
+            aborted = await self._workers.abort(match)
+            if aborted.kept:
+                response = TaskManagementResponse.DELIVERY_FAILURE
             await trio.lowlevel.checkpoint()  # punts that were told of before the workers answered have begun
             for late in [punt for punt in self._running.values() if _means(match, punt.event)]:
                 # They were answered there, on their way here: now they must not run at the target either.
@@ -247,6 +249,6 @@ class Commands:
                 function=function.value,
                 target=match.target,
                 lun=match.lun,
-                commands_ended=ended,
+                commands_ended=aborted.ended,
             )
         return _TMF_RESPONSE[response]

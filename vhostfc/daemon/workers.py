@@ -16,6 +16,7 @@ import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict
+from typing import NamedTuple
 
 import structlog
 import trio
@@ -25,7 +26,7 @@ from vhostfc.ports import base
 from vhostfc.vhost.effects import MemoryRegion, StartRing
 from vhostfc.vhost.messages import Region
 
-__all__ = ["Match", "Workers", "WorkersError"]
+__all__ = ["Aborted", "Match", "Workers", "WorkersError"]
 
 #: Events taken from one worker before other tasks get a turn.
 TURN = 64
@@ -43,6 +44,13 @@ _WHY = {
 
 Handler = Callable[[Event], Awaitable[None]]
 Post = Callable[[int, int], None]
+
+
+class Aborted(NamedTuple):
+    """ended: how many commands.  kept: with some of them their device has not ended, it still has them."""
+
+    ended: int
+    kept: bool
 
 
 class WorkersError(Exception):
@@ -293,9 +301,10 @@ class Workers:
             ),
         )
 
-    async def abort(self, match: Match) -> int:
-        """End the guest's commands that match; how many.  They are in the used rings when this returns."""
-        return sum(ack.value for ack in await self._ask(self._all, lambda w, s: self._engine.abort(w, s, match)))
+    async def abort(self, match: Match) -> Aborted:
+        """End the guest's commands that match.  They are in the used rings when this returns."""
+        acks = await self._ask(self._all, lambda w, s: self._engine.abort(w, s, match))
+        return Aborted(sum(ack.value for ack in acks), any(ack.result == -errno.ETIMEDOUT for ack in acks))
 
     async def query(self, match: Match) -> int:
         """How many of the guest's commands match."""

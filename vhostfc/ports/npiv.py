@@ -441,6 +441,7 @@ class NpivPort:
             self._remote(rport, by_target.get(-1 if rport.target is None else rport.target, []), state)
             for _, rport in sorted(self._rports.items())
         )
+        self._paths.set_units(len(self._luns))
         self._moved = before != self._luns
         return Topology(state, host.port_id if state is PortState.ONLINE else 0, fabric_name, remotes)
 

@@ -37,7 +37,7 @@ from vhostfc.ports.kernel import (
     SG_SCSI_RESET_TARGET,
     Kernel,
 )
-from vhostfc.ports.npiv_paths import GRACE, Paths, shares, transfer_limit
+from vhostfc.ports.npiv_paths import GRACE, Paths, transfer_limit
 from vhostfc.ports.sysfs import Lun
 
 INQUIRY, READ_CAPACITY_10, SERVICE_ACTION_IN_16, REPORT_LUNS = 0x12, 0x25, 0x9E, 0xA0
@@ -125,6 +125,10 @@ class View(Protocol):
 
 class _Ended(Exception):
     """A function has ended the command before it was sent."""
+
+
+class _Overtaken(Exception):
+    """What was given up may still land, even on what this one would write."""
 
 
 @dataclass(eq=False)
@@ -245,6 +249,8 @@ class Commands:
             return ScsiResult(Outcome.TIMED_OUT)
         except _Ended:
             return ScsiResult(Outcome.ABORTED)
+        except _Overtaken:
+            return ScsiResult(Outcome.COMPLETE, SAM_BUSY, residual=length)
         except sg.SgGone:
             return ScsiResult(Outcome.PATH_LOST)
         except OSError as error:
@@ -266,18 +272,31 @@ class Commands:
             place.room.release_on_behalf_of(task)
             raise
 
+        mend: Callable[[], None] | None = None
+        back = False
+
         def ended() -> None:
+            nonlocal back
+            back = True
             self._host_room.release_on_behalf_of(task)
             place.room.release_on_behalf_of(task)
+            if mend is not None:
+                mend()
 
         try:
             if task.ended:
                 raise _Ended
+            if data_out and self._paths.is_stale(task.unit):
+                raise _Overtaken
             task.call = place.file.submit(cdb, data_out=data_out, data_in=data_in, timeout=timeout, ended=ended)
         except BaseException:
             ended()
             raise
-        return await task.call.wait()
+        try:
+            return await task.call.wait()
+        finally:
+            if data_out and not back:
+                mend = self._paths.spoil(task.unit)
 
     def _addressed(self, unit: Unit, cdb: bytes) -> Unit | None:
         """The unit that takes the command: for REPORT LUNS any of the target will do (SPC-5 6.33)."""
@@ -296,7 +315,7 @@ class Commands:
                 return None
             place = self._places.get(unit)
             if place is not None and not place.file.closed and (place.lun.hctl, place.lun.sg) == (lun.hctl, lun.sg):
-                place.room.total_tokens = shares(lun.queue_depth)[1]
+                place.room.total_tokens = self._paths.shares(lun)[1]
                 return place
             if place is not None:
                 place.file.close()
@@ -312,7 +331,7 @@ class Commands:
             self._serve(file.serve)
             self._files = [(one, other) for one, other in self._files if not other.closed or other.in_flight]
             self._files.append((unit, file))
-            room = trio.CapacityLimiter(shares(lun.queue_depth)[1])
+            room = trio.CapacityLimiter(self._paths.shares(lun)[1])
             place = _Place(lun, file, transfer_limit(limit, self.segments), room)
             self._places[unit] = place
             return place

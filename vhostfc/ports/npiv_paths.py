@@ -2,6 +2,9 @@
 
 A route is open while the unit's remote port is Online and its node is there; else it is closed, commands come here
 (npiv_commands.py) and wait.  A unit that comes back behind another node gets a new route under the same path.
+
+What the kernel has of a unit is counted by the unit, whatever routes there were: a WRITE that was given up with an old
+one keeps the next BUSY until the kernel has given it back.
 """
 
 from __future__ import annotations
@@ -10,6 +13,8 @@ import math
 import os
 from collections import Counter
 from collections.abc import Callable, Collection
+from functools import partial
+from pathlib import Path as FilePath
 
 import structlog
 import trio
@@ -31,6 +36,10 @@ GRACE = 30.0
 MOST_BYTES = 4 << 20
 
 
+#: Tags that Linux leaves each unit of a host at least, however many share them (hctx_may_queue()).
+FEWEST_TAGS = 4
+
+
 def shares(depth: int) -> tuple[int, int]:
     """Commands at a time for the workers, and for us, of a queue so deep; none for the workers when it is 1."""
     ours = max(1, min(4, depth // 8))
@@ -44,11 +53,12 @@ def transfer_limit(queue_limit: int, segments: int) -> int:
 
 
 class NpivPath(RoutedPath):
-    """A Path of the seam.  lun: what its open route leads to, None while that is closed.  said: it cannot be opened."""
+    """A Path of the seam.  lun: what its open route leads to, None while that is closed.  said: it cannot be opened.
+    workers: commands at a time that the route was opened for, or given since."""
 
     lun: Lun | None = None
     said: bool = False
-    gauge: sg.Gauge | None = None
+    workers: int = 0
 
 
 class Paths:
@@ -73,6 +83,9 @@ class Paths:
         self._paths: list[NpivPath] = []
         self._media: dict[str, list[sg.SgMedium]] = {}
         self._host = sg.Credits(1)
+        self._can_queue = 1
+        self._units = 1
+        self._credits: dict[Unit, sg.Credits] = {}
         self._segments = 128
         self._one_at_a_time = trio.Lock()
         self._held: Counter[Unit] = Counter()
@@ -80,12 +93,38 @@ class Paths:
 
     def set_host(self, can_queue: int, segments: int) -> None:
         """What the vport's SCSI host takes; a quarter, 32 at most, is kept for commands from here."""
+        self._can_queue = can_queue
         self._host.set(max(1, can_queue - min(32, can_queue // 4)))
         self._segments = segments
 
+    def set_units(self, count: int) -> None:
+        """How many units share what the host takes; look_again() puts it into force."""
+        self._units = max(1, count)
+
+    def shares(self, lun: Lun) -> tuple[int, int]:
+        """Commands at a time for the workers, and for us.
+
+        The units of a host share its tags, and one that wants more than its part of them waits in the kernel, inside
+        write(2), whatever its queue's depth.
+        """
+        return shares(min(lun.queue_depth, max(FEWEST_TAGS, self._can_queue // self._units)))
+
     def in_flight(self, unit: Unit) -> int:
-        """The workers' commands for a unit that the kernel has."""
-        return sum(path.gauge.in_flight for path in self._paths if path.unit == unit and path.gauge is not None)
+        """The workers' commands for a unit that the kernel has, whatever route they went by."""
+        credits = self._credits.get(unit)  # noqa: A001
+        return 0 if credits is None else credits.used
+
+    def is_stale(self, unit: Unit) -> bool:
+        """Something that was given up may still change what is on the medium: what comes now could be overtaken."""
+        credits = self._credits.get(unit)  # noqa: A001
+        return credits is not None and credits.stale > 0
+
+    def spoil(self, unit: Unit) -> Callable[[], None]:
+        """A command from here that may change what is on the medium was given up: the same holds for the workers' next.
+        The function that this returns says that the kernel has given it back."""
+        credits = self._credits.setdefault(unit, sg.Credits(1))  # noqa: A001
+        credits.spoil(1)
+        return partial(credits.spoil, -1)
 
     async def open(self, unit: Unit) -> NpivPath | None:
         if self._reachable(unit) is None:
@@ -108,7 +147,7 @@ class Paths:
             path.settle()
             self._paths.remove(path)
             assert isinstance(path, NpivPath)
-            path.lun = path.gauge = None
+            path.lun = None
 
     async def look_again(self) -> None:
         """What can be reached has changed: open, close, end."""
@@ -117,19 +156,25 @@ class Paths:
                 if path.ended:
                     continue
                 if self._gone(path.unit):
-                    path.lun = path.gauge = None
+                    path.lun = None
                     path.end()
                     continue
                 lun = None if self._held[path.unit] else self._reachable(path.unit)
                 before = path.lun
                 if before is not None and (lun is None or (lun.hctl, lun.sg) != (before.hctl, before.sg)):
-                    path.lun = path.gauge = None
+                    path.lun = None
                     path.close_route(_nothing)
                     before = None
                 if lun is not None and before is None:
                     await self._open_route(path, lun)
-                elif lun is not None and before is not None and lun.queue_depth != before.queue_depth:
-                    await self._new_depth(path, lun)
+                elif lun is not None:
+                    await self._new_share(path, lun)
+            self._forget_credits()
+
+    def _forget_credits(self) -> None:
+        """Of units that nobody has a path to, once the kernel has nothing of them."""
+        wanted = {path.unit for path in self._paths}
+        self._credits = {unit: one for unit, one in self._credits.items() if unit in wanted or one.used or one.stale}
 
     @property
     def wanting(self) -> bool:
@@ -153,37 +198,45 @@ class Paths:
         path.lun = lun
         path.push(route, InFlight.FINISH, _nothing)
 
-    async def _new_depth(self, path: NpivPath, lun: Lun) -> None:
-        """Drivers take a unit's queue depth back when it says TASK SET FULL, and raise it again later."""
-        workers, _ = shares(lun.queue_depth)
-        if path.gauge is None or not workers:
-            path.lun = path.gauge = None
+    async def _new_share(self, path: NpivPath, lun: Lun) -> None:
+        """Drivers take a unit's queue depth back when it says TASK SET FULL, and raise it again later; and units come
+        and go that share the host's tags."""
+        workers, _ = self.shares(lun)
+        if bool(workers) != bool(path.workers):
+            path.lun = None
             path.close_route(_nothing)
             await self._open_route(path, lun)
             return
         path.lun = lun
-        path.gauge.limit(workers)
+        if workers != path.workers:
+            path.workers = workers
+            self._credits[path.unit].set(workers)
 
     async def _route(self, path: NpivPath, lun: Lun) -> Route:
-        depth, _ = shares(lun.queue_depth)
-        if not depth:
+        path.workers, _ = self.shares(lun)
+        if not path.workers:
             return Route()
-        share = min(MOST_FILES, math.ceil(depth / sg.QUEUE / self._workers))
+        # As many files as the whole depth wants: the share may grow when other units go.
+        share = min(MOST_FILES, math.ceil(shares(lun.queue_depth)[0] / sg.QUEUE / self._workers))
         fds, limit = await self._kernel.open_units(lun, share * self._workers)
+        state = _open_state(self._kernel.sysfs.port_state_file(lun.hctl))
+        credits = self._credits.setdefault(path.unit, sg.Credits(path.workers))  # noqa: A001
+        credits.set(path.workers)
         try:
             medium = sg.SgMedium(
                 fds,
                 share=share,
-                credits=depth,
                 max_transfer=transfer_limit(limit, self._segments),
                 grace=GRACE,
+                own=credits,
                 host=self._host,
                 timeouts=sg.timeouts(lun.type, self._timeout),
+                port_state=state,
             )
         finally:
-            for fd in fds:
-                os.close(fd)
-        path.gauge = medium.gauge(depth)
+            for fd in (*fds, state):
+                if fd >= 0:
+                    os.close(fd)
         return Route(mask=MASK, medium=medium)
 
     def take(self, units: Collection[Unit]) -> None:
@@ -197,7 +250,7 @@ class Paths:
             for path in self._paths:
                 if path.unit in units and path.lun is not None:
                     closed = trio.Event()
-                    path.lun = path.gauge = None
+                    path.lun = None
                     path.close_route(closed.set)
                     waiting.append(closed)
         for closed in waiting:
@@ -219,8 +272,16 @@ class Paths:
         """The port is logged out: every path ends."""
         for path in self._paths:
             if not path.ended:
-                path.lun = path.gauge = None
+                path.lun = None
                 path.end()
+
+
+def _open_state(path: FilePath) -> int:
+    """A file descriptor, or -1."""
+    try:
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return -1
 
 
 def _nothing() -> None:

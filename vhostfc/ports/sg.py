@@ -94,70 +94,71 @@ def cdb_of(padded: bytes) -> bytes:
 
 
 class Credits:
-    """Commands that the units of a host may have with the kernel at a time; see native/hba.h."""
+    """Commands that the workers may have with the kernel at a time, of a host or of a unit; see native/hba.h.
+
+    A unit's outlives its routes: what the kernel has not given back counts whatever has become of them.
+    """
 
     def __init__(self, limit: int) -> None:
         made = FFI.new("struct vfc_credits **")
         _check(LIB.vfc_credits_new(limit, made), "counting commands")
         self._pointer: Any = FFI.gc(made[0], LIB.vfc_credits_put)
+        self.limit = limit
 
     @property
     def pointer(self) -> Any:
         return self._pointer
 
     def set(self, limit: int) -> None:
+        """Commands at a time from now on."""
         LIB.vfc_credits_set(self._pointer, limit)
+        self.limit = limit
+
+    @property
+    def used(self) -> int:
+        """Commands of the workers that the kernel has, those included that were answered without it."""
+        return int(LIB.vfc_credits_used(self._pointer))
+
+    @property
+    def stale(self) -> int:
+        """Of these, those that were answered without it and may still change what is on the medium; and such of
+        others (spoil())."""
+        return int(LIB.vfc_credits_stale(self._pointer))
+
+    def spoil(self, by: int) -> None:
+        """So many more, or fewer, stale ones that others than the workers have sent."""
+        LIB.vfc_credits_spoil(self._pointer, by)
 
 
 class SgMedium(Medium):
-    """A medium whose commands go as they are.  fds: of one unit, `share` for each worker; borrowed."""
+    """A medium whose commands go as they are.
+
+    fds: of one unit, `share` for each worker; port_state: its remote port's in sysfs, or -1; borrowed.  own: the
+    credits of this unit, the same for all its media.
+    """
 
     def __init__(
         self,
         fds: Sequence[int],
         *,
         share: int,
-        credits: int,  # noqa: A002  # what they are called
         max_transfer: int,
         grace: float,
+        own: Credits,
         host: Credits,
         timeouts: Sequence[int],
+        port_state: int = -1,
     ) -> None:
         setup = FFI.new("struct vfc_sg_setup *")
         numbers = FFI.new("int32_t[]", list(fds))
-        setup.fds, setup.count, setup.share, setup.credits = numbers, len(fds), share, credits
-        setup.max_transfer, setup.grace_ms, setup.host = max_transfer, int(grace * 1000), host.pointer
+        setup.fds, setup.count, setup.share = numbers, len(fds), share
+        setup.max_transfer, setup.grace_ms, setup.port_state_fd = max_transfer, int(grace * 1000), port_state
+        setup.own, setup.host = own.pointer, host.pointer
         setup.timeouts = [min(seconds, 0xFFFF) for seconds in timeouts]
         made = FFI.new("struct vfc_medium **")
         _check(LIB.vfc_sg_medium_new(setup, made), "opening a unit for the workers")
         self._pointer = made[0]
         self.blocks, self.block_size = 0, 0
-
-    def gauge(self, credits: int) -> Gauge:  # noqa: A002
-        """Its commands from here, for longer than this handle may last."""
-        return Gauge(FFI.gc(LIB.vfc_sg_hold(self.pointer), LIB.vfc_medium_put), credits)
-
-
-class Gauge:
-    """The commands of a unit's workers: how many the kernel has, and how many it may have (`limit_now`).
-
-    A hold of its own on the unit's open files, which ends with the object: whoever puts a route into force closes the
-    medium that came with it.
-    """
-
-    def __init__(self, pointer: Any, limit: int) -> None:
-        self._pointer = pointer
-        self.limit_now = limit
-
-    def limit(self, credits: int) -> None:  # noqa: A002
-        """Commands at a time from now on."""
-        LIB.vfc_sg_limit(self._pointer, credits)
-        self.limit_now = credits
-
-    @property
-    def in_flight(self) -> int:
-        """Commands of the workers that the kernel has."""
-        return int(LIB.vfc_sg_in_flight(self._pointer))
 
 
 @dataclass(frozen=True, slots=True)

@@ -245,6 +245,11 @@ class Sysfs:
             driver=Path(os.readlink(driver)).name if driver.is_symlink() else None,
         )
 
+    def port_state_file(self, hctl: str) -> Path:
+        """The file with the state of a unit's remote port; it need not be there."""
+        device = Path(os.path.realpath(self.of_class("scsi_device") / hctl / "device"))
+        return self.of_class("fc_remote_ports") / device.parent.parent.name / "port_state"
+
     def can_queue(self, host: str) -> int:
         """Commands that the host takes at a time."""
         return self.number(self.of_class("scsi_host") / host / "can_queue", 1)
