@@ -6,8 +6,9 @@ range latch.  Three rules of fencing live here:
 - after every step of every task the verdicts are compared with what the adapters were told, and no
   status goes out before every narrowing is in force (Served.changed, Served.barrier);
 - a command that has waited, for its data or for a latch, looks again before it writes: when its right
-  is gone, or in doubt, it is begun anew, and its unit says what is to be said now;
-- a task that shall end is cancelled; nobody is told that it has ended before it has.
+  is gone, or in doubt, it is begun anew, and its unit says what is to be said now; when its exchange
+  has ended, it is over;
+- a task that shall end is cancelled, at once; nobody is told that it has ended before it has.
 """
 
 from __future__ import annotations
@@ -181,7 +182,10 @@ class Runner:
                         place.unit.detach(session.nexus)
                         look_again[place.unit] = None
                 case Abort(exchange, reply):
-                    self._nursery.start_soon(self._abort, exchange, reply)
+                    running = self._running.get(exchange)
+                    if running is not None:
+                        running.scope.cancel()
+                    self._nursery.start_soon(self._abort, running, reply)
                 case Manage(exchange):
                     self._nursery.start_soon(self._manage, exchange)
         for unit in look_again:
@@ -270,16 +274,17 @@ class Runner:
         fate = await self._meet(running)
         if fate is not None:
             return fate
-        while True:
+        while not exchange.over:
             server, running.served = self._resolve(exchange)
             if running.served is not None:
                 running.epoch = running.served.epoch
             result = await self._drive(server.execute(task), running.served, running, running.nexus)
-            if result is not None:
-                break
-        if running.served is not None and task.cdb[0] in _MAY_CHANGE_RIGHTS:
-            running.served.changed(epoch=True)
-        return result
+            if result is None:
+                continue
+            if running.served is not None and task.cdb[0] in _MAY_CHANGE_RIGHTS:
+                running.served.changed(epoch=True)
+            return result
+        return _ABORTED  # which nobody hears
 
     async def _meet(self, running: _Running) -> ScsiResult | None:
         """What faults of the unit do to a command that is about to begin: it waits, or it ends with this."""
@@ -404,6 +409,8 @@ class Runner:
         """Before a write, after all waiting.  Raises _Withdrawn."""
         if running is None:
             return
+        if running.exchange.over:
+            raise _Withdrawn
         server, _ = self._resolve(running.exchange)
         if server is not served.unit or running.epoch != served.epoch:
             raise _Withdrawn
@@ -412,11 +419,9 @@ class Runner:
 
     # ------------------------------------------------------------ ending them
 
-    async def _abort(self, exchange: Exchange, reply: Frame | None) -> None:
-        """ABTS, or a lost login, for a command that was running; its exchange is ended already."""
-        running = self._running.get(exchange)
+    async def _abort(self, running: _Running | None, reply: Frame | None) -> None:
+        """ABTS, or a lost login, for a command that was running and is cancelled; its exchange is ended already."""
         if running is not None:
-            running.scope.cancel()
             await running.done.wait()
         if reply is not None:
             await self.send([reply])

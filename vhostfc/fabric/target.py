@@ -83,6 +83,11 @@ class Exchange:
         return self.seq_id
 
     @property
+    def over(self) -> bool:
+        """It has ended, or its login has: whoever runs it may do nothing more for it."""
+        return self.state is State.ENDED or self.target.sessions.get(self.session.port_id) is not self.session
+
+    @property
     def data_out(self) -> bytes:
         return self.data.take() if self.data else b""
 
