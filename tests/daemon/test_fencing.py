@@ -5,6 +5,7 @@ The adapters that misbehave are processes of their own: they are to be killed.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -16,9 +17,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pytest
 import trio
 
 from tests.daemon.linkadapter import LinkAdapter, attach, read_10, write_10, wwpn
+from tests.daemon.test_fabric_reservations import EA, REGISTER, RELEASE, RESERVE, WE, may, out
 from tests.daemon.test_fabricd import TARGET, UNIT, config, fabric, join
 from vhostfc.config import FabricConfig
 from vhostfc.daemon import fabric_latch, fabric_locks, media
@@ -269,6 +272,43 @@ async def test_a_name_that_returns_waits_until_its_former_life_is_over(tmp_path:
         assert not san.status()["logins"]
         await again.ready()
         assert await adapter.died() == -signal.SIGKILL, "it had kept the medium"
+
+
+async def test_a_medium_that_cannot_be_given_anew_is_taken_away_like_any_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with fabric(tmp_path) as (_, nursery):
+        one, two = await join(nursery, tmp_path, 1), await join(nursery, tmp_path, 2)
+        for adapter in (one, two):
+            await adapter.command(bytes(6))
+        assert await out(one, REGISTER, 0, 1) == 0
+        assert await out(one, RESERVE, 1, kind=WE) == 0
+        await two.open()
+        assert may(two, 0x28)
+        assert not may(two, 0x2A)
+        two.acks = two.releases = False  # from here on it does not answer
+        routes = len(two.seen)
+
+        def reopen(_: media.Medium) -> int:
+            raise OSError(errno.EMFILE, "Too many open files")
+
+        monkeypatch.setattr(media.Medium, "reopen", reopen)
+        done: list[int] = []
+
+        async def reserve() -> None:
+            done.append(await out(one, RELEASE, 1, kind=WE))  # the other one may write, but no descriptor is left
+            done.append(await out(one, RESERVE, 1, kind=EA))
+
+        nursery.start_soon(reserve)
+        await two.until(lambda: not may(two, 0x28))
+        with trio.move_on_after(0.2):
+            await one.until(lambda: done)
+        assert not done, "GOOD while the adapter can still read"
+        assert [type(one) for one in two.seen[routes:]].count(Route) == 1, "nothing else to say than that once"
+        two.drop_media()
+        await two.acknowledge()
+        await one.until(lambda: len(done) == 2)
+        assert done == [0, 0]
 
 
 # ---------------------------------------------------------------- commands that come as frames

@@ -220,15 +220,23 @@ class Fence:
         return narrowed
 
     async def barrier(self) -> None:
-        """Wait until every narrowing that is out now is in force, and every adapter that is going is gone."""
+        """Wait until every narrowing that is out now is in force, and every adapter that is going is gone.
+
+        Who may do nothing has no description either, whatever came between.
+        """
         waiting: list[trio.Event] = []
+        idle: list[tuple[Opening, tuple[int, ...]]] = []
         for opening in self.openings.values():
             if opening.end is not None:
                 waiting.append(opening.gone)
+            elif not any(opening.out.mask):
+                idle.append((opening, tuple(opening.numbers)))
             waiting += [pending.settled for pending in opening.pending if pending.narrow]
         await trio.lowlevel.checkpoint()
         for event in waiting:
             await event.wait()
+        for opening, numbers in idle:
+            await self._released(opening, numbers)
 
     async def drained(self) -> None:
         """Wait until there is no opening any more."""
@@ -256,17 +264,20 @@ class Fence:
         must_ack: bool = False,
     ) -> bool:
         """Give an opening its next Route; True when that has to be waited for."""
-        narrow = seq is None and (must_ack or action is not InFlight.FINISH or verdict.narrows(opening.out))
         older = tuple(opening.numbers)
         fds: list[int] = []
         kind = MediumKind.NONE
+        must_ack |= action is not InFlight.FINISH
         if not verdict.gone and any(verdict.mask):
             try:
                 fds = self._describe(opening)
                 kind = self.medium.kind
             except OSError as error:
-                self._log.error("cannot give an adapter its medium", unit=self.name, reason=error.strerror)
                 verdict = Verdict(read_only=verdict.read_only, blocks=verdict.blocks)
+                if seq is None and verdict == opening.out and not must_ack:
+                    return False  # as before, and that was said
+                self._log.error("cannot give an adapter its medium", unit=self.name, reason=error.strerror)
+        narrow = seq is None and (must_ack or verdict.narrows(opening.out))
         opening.epoch += 1
         opening.out = verdict
         pending = _Pending(next(self._numbers.seq) if seq is None else seq, narrow)
