@@ -263,8 +263,9 @@ void command_retry(struct worker *worker, uint64_t now)
 		if (!worker->starving && command->holder == command->cmd.path->medium->owner &&
 		    now > command->parked_since + FAIRNESS)
 			worker->starving = command;
-		if (command->holder && now > command->parked_since + LATCH_PATIENCE &&
-		    now > worker->latch_said + LATCH_PATIENCE) {
+		/* Who waits for our own I/O waits for a device that is slow, which nobody else can help. */
+		if (command->holder && command->holder != command->cmd.path->medium->owner &&
+		    now > command->parked_since + LATCH_PATIENCE && now > worker->latch_said + LATCH_PATIENCE) {
 			worker->latch_said = now;
 			worker_say(worker, VFC_EVENT_LATCH, command->ring->index, 0, command->holder);
 		}

@@ -209,7 +209,7 @@ enum vfc_event_kind {
 	 * more, -EIO a part whose file shrank
 	 */
 	VFC_EVENT_BROKEN,
-	VFC_EVENT_LATCH		/* value = owner that has held a latch for longer than a second */
+	VFC_EVENT_LATCH		/* value = another owner, that has held a latch for longer than a second */
 };
 
 /* Why a command was punted. */

@@ -257,11 +257,31 @@ async def test_an_owner_that_is_stuck_is_asked_and_then_killed(tmp_path: Path) -
         two = await join(nursery, tmp_path, 2)
         route = await two.open()
         await two.send(link.LatchStuck(route.nexus, owner))
-        await _until(lambda: _openings(san)[0].epoch > 2)  # asked; it answers, and is alive
+        with trio.fail_after(10):
+            while not await adapter.tell("pings"):
+                await trio.sleep(0.01)
+        await _until(lambda: not _openings(san)[0].asked)  # it has answered, and is alive
         adapter.stop()
         await two.send(link.LatchStuck(route.nexus, owner))
         assert await adapter.died() == -signal.SIGKILL
         assert (await two.command(read_10(0, 1), data_in=512)).status == 0
+
+
+@pytest.mark.parametrize("who", ["itself", "another"])
+async def test_an_adapter_whose_disk_is_slow_lives_on(tmp_path: Path, who: str) -> None:
+    """Its I/O takes longer than fence_timeout, so no route drains; but nobody has asked it to let go of anything."""
+    async with fabric(tmp_path) as (san, nursery), process(tmp_path) as adapter:
+        owner, handle = _openings(san)[0].owner, _openings(san)[0].handle
+        assert await adapter.tell("latch", 0) is None
+        await adapter.tell("mute")
+        two = await join(nursery, tmp_path, 2)
+        if who == "itself":  # a command of its own waits as well
+            await adapter.tell("stuck", handle, owner)
+        else:
+            await two.send(link.LatchStuck((await two.open()).nexus, owner))
+        with trio.move_on_after(3 * 0.3):
+            await adapter.process.wait()
+        assert adapter.process.poll() is None
 
 
 async def test_a_name_that_returns_waits_until_its_former_life_is_over(tmp_path: Path) -> None:

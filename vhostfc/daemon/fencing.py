@@ -48,6 +48,10 @@ class Adapter(Protocol):
         """Send a Route before all else; takes the fds, and closes them when they are sent or cannot be."""
         ...
 
+    async def sign_of_life(self) -> None:
+        """Returns when the adapter's threads have said that they live, whatever their I/O waits for; else never."""
+        ...
+
     def kill(self) -> str | None:
         """Kill the process; None, or why not."""
         ...
@@ -89,7 +93,7 @@ class _Pending:
 class Opening:
     """A path that an adapter has open: its number for both sides, its number in the latch, what it was told.
 
-    numbers: lock bytes of the descriptions that it was given and may still have.
+    numbers: lock bytes of the descriptions that it was given and may still have.  asked: for a sign of life.
     """
 
     adapter: Adapter
@@ -103,6 +107,7 @@ class Opening:
     out: Verdict = field(default_factory=Verdict)
     pending: list[_Pending] = field(default_factory=list)
     numbers: list[int] = field(default_factory=list)
+    asked: bool = False
     end: End | None = None
     gone: trio.Event = field(default_factory=trio.Event)
 
@@ -181,8 +186,14 @@ class Fence:
             self._numbers.going.setdefault(opening.wwpn, set()).add(opening)
             self._nursery.start_soon(self._bury, opening)
 
-    def stuck(self, owner: int) -> None:
-        """This owner has held a stripe of the medium for more than a second: it has to show that it is alive."""
+    def stuck(self, owner: int, asking: Opening | None = None) -> None:
+        """This owner has held a stripe of the medium for more than a second, says another one (None: the fabric).
+
+        It has to show that it is alive, and no more: its device may be slow, so nothing that would wait for its
+        I/O is asked of it.
+        """
+        if asking is not None and asking.owner == owner:
+            return
         if owner == OWNER:
             self._log.warning("the fabric itself holds blocks for more than a second", unit=self.name)
             return
@@ -191,14 +202,23 @@ class Fence:
             latch = self.medium.latch
             if freed := latch.recover(owner) if latch else 0:  # else: another unit's, or free by now
                 self._log.warning("freed blocks that a dead adapter held", unit=self.name, owner=owner, stripes=freed)
-        elif opening.end is None and not any(pending.narrow for pending in opening.pending):
+        elif opening.end is None and not opening.asked and not any(pending.narrow for pending in opening.pending):
             self._log.warning(
                 "an adapter holds blocks for more than a second",
                 unit=self.name,
                 adapter=opening.adapter.name,
                 wwpn=str(opening.wwpn),
             )
-            self._send(opening, opening.out, InFlight.FINISH, must_ack=True)
+            opening.asked = True
+            self._nursery.start_soon(self._ask, opening)
+
+    async def _ask(self, opening: Opening) -> None:
+        """See to it that an adapter shows that it is alive, or is not."""
+        with trio.move_on_after(self.timeout) as scope:
+            await opening.adapter.sign_of_life()
+        opening.asked = False
+        if scope.cancelled_caught and opening.end is None:
+            self._kill(opening, "does not answer, and holds blocks that others wait for")
 
     # ------------------------------------------------------------ what the fabric does
 
@@ -261,13 +281,12 @@ class Fence:
         action: InFlight,
         *,
         seq: int | None = None,
-        must_ack: bool = False,
     ) -> bool:
         """Give an opening its next Route; True when that has to be waited for."""
         older = tuple(opening.numbers)
         fds: list[int] = []
         kind = MediumKind.NONE
-        must_ack |= action is not InFlight.FINISH
+        must_ack = action is not InFlight.FINISH
         if not verdict.gone and any(verdict.mask):
             try:
                 fds = self._describe(opening)
