@@ -14,6 +14,7 @@ from tests.daemon.test_fabricd import config, fabric, join
 from vhostfc.config import FabricConfig
 from vhostfc.daemon.fabric_latch import PAUSE_MAX
 from vhostfc.fabric.switch import Output
+from vhostfc.native import LATCH_STRIPE
 
 
 def zone(number: int) -> str:
@@ -56,3 +57,37 @@ async def test_nothing_lands_after_a_reload_that_took_its_zone_away(
         assert (tmp_path / "disk").read_bytes() == before, "it was written after the reload had returned"
         assert before == bytes(len(before)), "it was begun after its exchange had ended"
         nursery.cancel_scope.cancel()
+
+
+async def test_an_unmap_of_all_of_a_busy_unit_gets_through(tmp_path: Path) -> None:
+    """At any moment somebody has some block; no large range is ever free as a whole."""
+    async with fabric(tmp_path, file_unit(tmp_path).replace("1MiB", "8MiB")) as (san, nursery):
+        one = await join(nursery, tmp_path, 1)
+        await one.command(bytes(6))
+        await one.command(write_10(0, 2048), data_out=b"A" * (1 << 20))
+        (served,) = san._served.values()
+        latch, stripe = served.medium.latch, 0
+        assert latch is not None
+        assert latch.take(SOMEBODY, 0, 512) is None
+        taken = 0
+
+        async def others() -> None:
+            """Always hold one stripe: the next is taken before the last is let go of."""
+            nonlocal stripe, taken
+            while True:
+                after = (stripe + 32) % 128  # another megabyte or two from here
+                if latch.take(SOMEBODY, after * LATCH_STRIPE, 512) is None:
+                    latch.free(SOMEBODY, stripe * LATCH_STRIPE, 512)
+                    stripe = after
+                    taken += 1
+                await trio.sleep(0.001)
+
+        nursery.start_soon(others)
+        data = bytes.fromhex("0016001000000000") + bytes(8) + (16384).to_bytes(4, "big") + bytes(4)
+        with trio.fail_after(5):
+            result = await one.command(bytes([0x42, 0, 0, 0, 0, 0, 0, 0, 24, 0]), data_out=data)
+        assert result.status == 0
+        assert taken > 1
+        nursery.cancel_scope.cancel()
+    assert (tmp_path / "disk").read_bytes() == bytes(8 << 20)
+    assert (tmp_path / "disk").stat().st_blocks == 0, "the pieces leave nothing between them"

@@ -380,17 +380,33 @@ class Runner:
                 if atomic:
                     write = partial(served.write_atomically, lba, data)
             case Fill(lba, blocks, block, unmap):
-                await holding.take(lba, blocks)
-                write = partial(medium.fill, lba, blocks, block, unmap=unmap)
+                # What must be atomic is a block, and on a busy unit no large range is ever free all at once.
+                for first, count in medium.pieces(lba, blocks):
+                    await holding.take(first, count)
+                    await self._write(
+                        partial(medium.fill, first, count, block, unmap=unmap), served, running, holding, mark
+                    )
+                return None
             case _:
                 raise AssertionError(f"{effect}: nobody does this")
+        await self._write(write, served, running, holding, mark)
+        return None
+
+    async def _write(
+        self,
+        write: Callable[[], Awaitable[None]],
+        served: Served,
+        running: _Running | None,
+        holding: Holding,
+        mark: int,
+    ) -> None:
+        """Now that its blocks are held; then they are free."""
         try:
             self._look_again(served, running)
             with served.operation():
                 await write()
         finally:
             holding.release(to=mark)
-        return None
 
     async def _background(self, steps: Generator[Effect, object, None], operation: _Operation, nexus: Nexus) -> None:
         """What outlives the command that began it, but not the unit."""

@@ -119,6 +119,17 @@ class Medium:
                 raise VhostfcError(f"{self.name}: cannot grow to {size} bytes: {error.strerror}") from None
         self.blocks = size // self.block_size
 
+    def pieces(self, lba: int, blocks: int) -> Iterator[tuple[int, int]]:
+        """(lba, blocks) of a range bit by bit, cut where the medium's own allocation may be: at multiples of PIECE."""
+        at_once, end = max(1, PIECE // self.block_size), lba + blocks
+        if self.latch is None:
+            yield lba, blocks  # nobody has to be waited for
+            return
+        while lba < end:
+            count = min(at_once - lba % at_once, end - lba)
+            yield lba, count
+            lba += count
+
     # ------------------------------------------------------------ what a unit's effects ask for
 
     async def read(self, lba: int, blocks: int, *, fua: bool = False) -> bytes:
