@@ -4,7 +4,8 @@ It knows who is logged in, keeps the exchanges, gathers the data of writes in bu
 is complete to a runner through two queues: `rations` for commands, `urgent` for what must not wait
 behind them (task management, aborts, lost logins).  The runner gives results back with finish().
 
-Exchanges are known by (S_ID, OX_ID): several N_Ports may share one space of identifiers.
+Exchanges are known by (S_ID, OX_ID): several N_Ports may share one space of identifiers.  An OX_ID is used
+again, so what belongs to an exchange under way has its RX_ID too: late data of an earlier one do not.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from vhostfc.fabric.rations import Rations
 from vhostfc.fc import bls, els
 from vhostfc.fc.els import Els, ElsError, Explanation, FcpService, LsRjt, Prli, PrliPage, Reason
 from vhostfc.fc.fcp import FcpCmnd, FcpRsp, FcpXferRdy, ResponseCode, rsp_frame, xfer_rdy_frame
-from vhostfc.fc.frame import FCtl, FcType, Frame, FrameError, RCtl, els_reply, els_request
+from vhostfc.fc.frame import UNASSIGNED_XID, FCtl, FcType, Frame, FrameError, RCtl, els_reply, els_request
 from vhostfc.fc.login import MIN_PAYLOAD, Login
 from vhostfc.fc.sequence import DataBuffer, data_payload, target_data
 from vhostfc.fc.wwn import Wwn
@@ -187,7 +188,7 @@ class TargetPort:
             return self._command(frame, session)
         if frame.r_ctl == RCtl.DATA_SOLICITED and session is not None:
             exchange = session.exchanges.get(frame.ox_id)
-            if exchange is not None and exchange.state is State.DATA:
+            if exchange is not None and exchange.rx_id == frame.rx_id and exchange.state is State.DATA:
                 return self._data(frame, exchange)
         return ()
 
@@ -337,7 +338,7 @@ class TargetPort:
 
     def _abts(self, frame: Frame, session: Session | None) -> Iterable[Frame]:
         exchange = session.exchanges.get(frame.ox_id) if session else None
-        if exchange is None or frame.from_responder:
+        if exchange is None or frame.rx_id not in {exchange.rx_id, UNASSIGNED_XID} or frame.from_responder:
             rejection = bls.BaRjt(bls.Reason.LOGICAL_ERROR, bls.Explanation.INVALID_OX_ID_RX_ID)
             return (bls.answer(frame, rejection),)
         reply = bls.answer(frame, bls.BaAcc(frame.ox_id, exchange.rx_id), rx_id=exchange.rx_id)
