@@ -161,7 +161,7 @@ static void end_doomed(struct worker *worker, struct command *command)
 {
 	struct mail *waiter = command->waiter;
 
-	command_respond(worker, command, command->doom, 0);
+	command_respond(worker, command, command->doom, command->doom_status);
 	if (waiter && !--waiter->waiting) {
 		ring_publish_all(worker);
 		mailbox_ack(&worker->box, waiter, 0, waiter->msg.value);
@@ -432,7 +432,7 @@ static void end_punt(struct worker *worker, struct command *command)
 	command->state = COMMAND_FREE;
 }
 
-bool command_kill(struct worker *worker, struct command *command, uint8_t response, bool at_once)
+bool command_kill(struct worker *worker, struct command *command, uint8_t response, uint8_t status, bool at_once)
 {
 	struct vfc_path_engine *engine;
 	bool control = command->ring->role == VFC_RING_CONTROL;
@@ -453,6 +453,7 @@ bool command_kill(struct worker *worker, struct command *command, uint8_t respon
 		if ((engine->ops->runs_on && !at_once) || !engine->ops->abandon(engine, &command->cmd)) {
 			command->doomed = true;
 			command->doom = response;
+			command->doom_status = status;
 			return false;
 		}
 		worker->running--;
@@ -469,7 +470,7 @@ bool command_kill(struct worker *worker, struct command *command, uint8_t respon
 	if (control)
 		fail_control(worker, command, response);
 	else
-		command_respond(worker, command, response, 0);
+		command_respond(worker, command, response, status);
 	return true;
 }
 

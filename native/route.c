@@ -77,7 +77,9 @@ static void free_route(struct route *route)
 /* What is under way on the old route: finished, or answered at once; what is parked goes where the new one leads. */
 static void turn_over(struct worker *worker, struct route *old, uint8_t in_flight)
 {
-	uint8_t response = in_flight == VFC_ABORT_ABORTED ? VIRTIO_SCSI_S_ABORTED : VIRTIO_SCSI_S_RESET;
+	/* TAS is set: who is aborted by another nexus is told by status, and does it again (SAM-5 5.3.1). */
+	uint8_t response = in_flight == VFC_ABORT_ABORTED ? VIRTIO_SCSI_S_OK : VIRTIO_SCSI_S_RESET;
+	uint8_t status = in_flight == VFC_ABORT_ABORTED ? SAM_TASK_ABORTED : 0;
 	struct command *command, *next;
 
 	for (command = worker->parked; command; command = next) {
@@ -89,7 +91,7 @@ static void turn_over(struct worker *worker, struct route *old, uint8_t in_fligh
 			if (vscsi_dispatch(worker, command))
 				command_submit(worker, command);
 		} else {
-			command_kill(worker, command, response, true);
+			command_kill(worker, command, response, status, true);
 		}
 	}
 	if (in_flight == VFC_FINISH)
@@ -100,7 +102,7 @@ static void turn_over(struct worker *worker, struct route *old, uint8_t in_fligh
 		for (uint32_t head = 0; ring && ring->in_flight && head < ring->pool_size; head++) {
 			command = &ring->pool[head];
 			if (command->state == COMMAND_RUNNING && command->route == old)
-				command_kill(worker, command, response, true);
+				command_kill(worker, command, response, status, true);
 		}
 	}
 }

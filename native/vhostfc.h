@@ -156,6 +156,7 @@ struct vfc_ring_setup {
 #define VFC_ROUTE_GONE 1	/* no such route any more: what comes is punted (target there) */
 #define VFC_ROUTE_READ_ONLY 2
 
+/* What commands under way end with: as the medium ends them, RESET, or status TASK ABORTED. */
 enum vfc_in_flight { VFC_FINISH = 0, VFC_ABORT_RESET = 1, VFC_ABORT_ABORTED = 2 };
 
 /* Where (target, lun) leads.  mask: bit n of byte n/8 is opcode n: C may run it, all else is punted. */

@@ -258,7 +258,7 @@ TEST(a_route_waits_for_what_is_under_way)
 	end();
 }
 
-static void aborting_route(uint8_t in_flight, uint8_t response)
+static void aborting_route(uint8_t in_flight, uint8_t response, uint8_t status)
 {
 	struct request request;
 	uint64_t first, second;
@@ -273,6 +273,7 @@ static void aborting_route(uint8_t in_flight, uint8_t response)
 	/* The guest has its answer, and its memory back; the medium may still be touched. */
 	CHECK_EQUAL(drive_wait(&ring).length, 108);
 	CHECK_EQUAL(request_response(&ring, &request), response);
+	CHECK_EQUAL(request_status(&ring, &request), status);
 	memset(request_out(&ring, &request), 0x99, 512);
 	/* A later route must not be in force before an earlier one. */
 	second = post_route(NULL, VFC_FINISH);
@@ -287,8 +288,8 @@ static void aborting_route(uint8_t in_flight, uint8_t response)
 	end();
 }
 
-TEST(a_route_that_resets) { aborting_route(VFC_ABORT_RESET, S_RESET); }
-TEST(a_route_that_aborts) { aborting_route(VFC_ABORT_ABORTED, S_ABORTED); }
+TEST(a_route_that_resets) { aborting_route(VFC_ABORT_RESET, S_RESET, 0); }
+TEST(a_route_that_aborts) { aborting_route(VFC_ABORT_ABORTED, S_OK, 0x40); }
 
 TEST(a_route_after_one_that_is_gone_waits_as_well)
 {

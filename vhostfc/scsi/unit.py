@@ -158,8 +158,8 @@ class LogicalUnit:
             case TaskManagement.ABORT_TASK_SET:
                 yield AbortTasks(frozenset((nexus,)))
             case TaskManagement.CLEAR_TASK_SET:
+                # Others are told with TASK ABORTED, since TAS is set; a unit attention as well is for TAS 0 (SAM-5).
                 yield AbortTasks(self.attentions.nexuses | {nexus})
-                self.attention(Asc.COMMANDS_CLEARED_BY_ANOTHER_INITIATOR, but=nexus)
             case TaskManagement.LOGICAL_UNIT_RESET:
                 yield AbortTasks(self.attentions.nexuses | {nexus}, reset=True)
                 self.mode.reset()
