@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Awaitable, Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 import trio
 
 from tests.daemon.linkadapter import write_10, wwpn
+from tests.daemon.test_fabric_reservations import PREEMPT_AND_ABORT, WERO, may, members, out
 from tests.daemon.test_fabric_sanitize import SOMEBODY, atomic, file_unit
 from tests.daemon.test_fabricd import config, fabric, join
 from vhostfc.config import FabricConfig
 from vhostfc.daemon.fabric_latch import PAUSE_MAX
 from vhostfc.fabric.switch import Output
+from vhostfc.fc.fcp import TmFlag
+from vhostfc.fc.initiator import CommandResult, End
 from vhostfc.native import LATCH_STRIPE
 
 
@@ -91,3 +96,60 @@ async def test_an_unmap_of_all_of_a_busy_unit_gets_through(tmp_path: Path) -> No
         nursery.cancel_scope.cancel()
     assert (tmp_path / "disk").read_bytes() == bytes(8 << 20)
     assert (tmp_path / "disk").stat().st_blocks == 0, "the pieces leave nothing between them"
+
+
+async def test_a_unit_attention_whose_command_was_aborted_is_told_by_the_next(tmp_path: Path) -> None:
+    async with fabric(tmp_path) as (san, nursery):
+        one, two, three = [await join(nursery, tmp_path, number) for number in (1, 2, 3)]
+        await two.open()
+        await three.command(bytes(6))
+        two.acks = False
+        nursery.start_soon(three.command, bytes([0x16, 0, 0, 0, 0, 0]))  # RESERVE
+        await two.until(lambda: not may(two, 0x28))
+        done: list[object] = []
+
+        async def run(how: Callable[[], Awaitable[object]]) -> None:
+            done.append(await how())
+
+        nursery.start_soon(run, partial(one.command, bytes(6)))  # has its answer, and waits for two to obey
+        running = san._runner._running
+        with trio.fail_after(10):
+            while len(running) < 2:
+                await trio.sleep(0.001)
+            nursery.start_soon(run, partial(one.manage, TmFlag.ABORT_TASK_SET))
+            while len(running) == 2:
+                await trio.sleep(0.001)
+        assert not done
+        await two.acknowledge()
+        await one.until(lambda: len(done) == 2)
+        assert [one.end for one in done if isinstance(one, CommandResult)] == [End.ABORTED]
+        result = await one.command(bytes(6))
+        assert (result.status, result.sense[12:14]) == (0x02, b"\x29\x01"), "POWER ON OCCURRED"
+        assert (await one.command(bytes(6))).status == 0x18
+
+
+async def test_who_was_aborted_is_told_whatever_becomes_of_the_command_that_did_it(tmp_path: Path) -> None:
+    async with fabric(tmp_path) as (san, nursery):
+        one, two = await members(nursery, tmp_path)
+        await two.open()
+        (served,) = san._served.values()
+        latch = served.medium.latch
+        assert latch is not None
+        assert latch.take(SOMEBODY, 0, 512) is None
+        done: list[int] = []
+
+        async def write() -> None:
+            done.append((await two.command(write_10(0, 1), data_out=b"W" * 512)).status)
+
+        nursery.start_soon(write)
+        await two.until(lambda: san._runner._running)
+        two.acks = False
+        nursery.start_soon(out, one, PREEMPT_AND_ABORT, 1, 2, WERO)
+        await two.until(lambda: not may(two, 0x2A))
+        nursery.start_soon(one.manage, TmFlag.ABORT_TASK_SET)  # gives up the PREEMPT AND ABORT
+        with trio.move_on_after(0.1):
+            await two.until(lambda: done)
+        assert not done
+        await two.acknowledge()
+        await two.until(lambda: done)
+        assert done == [0x40]

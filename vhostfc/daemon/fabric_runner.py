@@ -225,7 +225,7 @@ class Runner:
         self._nursery.start_soon(self._run, running)
 
     async def _run(self, running: _Running) -> None:
-        exchange = running.exchange
+        exchange, undelivered = running.exchange, None
         try:
             with running.scope:
                 for other in running.after:
@@ -234,13 +234,19 @@ class Runner:
                     result = await self._alone(running, running.served)
                 else:
                     result = await self._execute(running)
+                undelivered = result.attention
                 if running.served is not None:
                     await running.served.barrier()
-                await self.send(exchange.target.finish(exchange, result, _used(running, result)))
+                if not exchange.over:
+                    await self.send(exchange.target.finish(exchange, result, _used(running, result)))
+                    undelivered = None
         except Exception:
             self._log.exception("a command failed in the fabric", cdb=exchange.cmnd.cdb.hex())
             await self.send(exchange.target.finish(exchange, _OUR_FAULT))
         finally:
+            if undelivered is not None and running.served is not None:
+                running.served.unit.not_told(running.nexus, undelivered)
+                running.served.changed()
             del self._running[exchange]
             if running.began is not None:
                 self._on[running.began].pop(running)
@@ -470,7 +476,8 @@ class Runner:
         self, served: Served, nexuses: frozenset[Nexus], reset: bool, but: _Running | None, nexus: Nexus
     ) -> None:
         """The effect AbortTasks.  The nexus that asked for it hears nothing of its own commands (SAM-5 5.8.2);
-        others get TASK ABORTED, since a silent target would cost them their command timeout."""
+        others get TASK ABORTED, since a silent target would cost them their command timeout: whatever becomes of
+        the command that asked for it."""
         victims = [e for e in self._tasks(served, nexuses) if but is None or e is not but.exchange]
         ending = [self._running[e] for e in victims if e in self._running]
         for running in ending:
@@ -480,11 +487,18 @@ class Runner:
                 exchange.target.drop(exchange)
         action = InFlight.RESET if reset else InFlight.ABORTED
         served.changed(ending=dict.fromkeys(nexuses, action))
-        for running in ending:
-            await running.done.wait()
-        await served.fence.settled(nexuses)
-        for exchange in victims:
-            await self.send(exchange.target.finish(exchange, _ABORTED))
+        ended = trio.Event()
+
+        async def end() -> None:
+            for running in ending:
+                await running.done.wait()
+            await served.fence.settled(nexuses)
+            for exchange in victims:
+                await self.send(exchange.target.finish(exchange, _ABORTED))
+            ended.set()
+
+        self._nursery.start_soon(end)
+        await ended.wait()
 
     # ------------------------------------------------------------ task management
 

@@ -109,6 +109,10 @@ class LogicalUnit:
         """Make a unit attention condition pending, once, for these nexuses (None: all) except one."""
         self.attentions.establish(asc, nexuses, but)
 
+    def not_told(self, nexus: Nexus, asc: Asc) -> None:
+        """The result with this unit attention condition did not reach the initiator: it is pending again."""
+        self.attentions.restore(nexus, asc)
+
     def resize(self, blocks: int) -> None:
         """The capacity is another: CAPACITY DATA HAS CHANGED for all."""
         if blocks < 1:
@@ -226,6 +230,7 @@ class LogicalUnit:
         """The commands that do not touch the medium; two of them write the cache back."""
         cdb = task.cdb
         data = b""
+        told: Asc | None = None
         match command:
             case fields.TEST_UNIT_READY:
                 pass
@@ -234,7 +239,9 @@ class LogicalUnit:
             case fields.REPORT_LUNS:
                 data = answer_report_luns(self._inventory, task)
             case fields.REQUEST_SENSE:
-                sense = self.attentions.take(task.nexus) or self.sanitizing.sense or NO_SENSE
+                attention = self.attentions.take(task.nexus)
+                told = attention.asc if attention is not None else None
+                sense = attention or self.sanitizing.sense or NO_SENSE
                 data = sense.encode(descriptor=bool(cdb[1] & 0x01))[: cdb[4]]
             case fields.READ_CAPACITY_10:
                 if not cdb[8] & 0x01 and fields.number(cdb, 2, 5):
@@ -269,7 +276,7 @@ class LogicalUnit:
                 _check_diagnostic(cdb)
             case _:
                 raise AssertionError(f"{command.name} is in the table and has nobody who runs it")
-        return ScsiResult(data_in=data)
+        return ScsiResult(data_in=data, attention=told)
 
     def _inquiry(self, task: Task) -> bytes:
         page = inquiry_page(task.cdb)
