@@ -36,6 +36,7 @@ static struct route *make(struct worker *worker, struct vfc_route *wish)
 {
 	struct route *route = calloc(1, sizeof(*route));
 	struct vfc_medium *medium = wish->medium;
+	bool read_only;
 
 	if (!route)
 		return NULL;
@@ -59,7 +60,11 @@ static struct route *make(struct worker *worker, struct vfc_route *wish)
 	}
 	route->path.engine = medium->kind == VFC_MEDIUM_MEMORY || medium->kind == VFC_MEDIUM_NULL ? worker->media :
 												      worker->files;
-	vscsi_limit_mask(route->mask, wish->flags & VFC_ROUTE_READ_ONLY);
+	read_only = wish->flags & VFC_ROUTE_READ_ONLY;
+	/* Who finds no place to write from leaves writes to the fabric. */
+	if (medium->kind == VFC_MEDIUM_MEMORY && !read_only)
+		read_only = !latch_place(medium->latch, medium->owner, worker->index, &route->path.redo);
+	vscsi_limit_mask(route->mask, read_only);
 	return route;
 }
 

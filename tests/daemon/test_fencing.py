@@ -9,6 +9,7 @@ import errno
 import json
 import os
 import signal
+import struct
 import subprocess
 import sys
 from collections.abc import AsyncIterator
@@ -31,7 +32,7 @@ from vhostfc.fabric import link
 from vhostfc.fabric.link import InFlight, MediumKind, Route
 from vhostfc.fc.fcp import TmFlag
 from vhostfc.fc.initiator import End
-from vhostfc.native import LATCH_STRIPE
+from vhostfc.native import LATCH_STRIPE, LATCH_WORDS
 
 ROOT = Path(__file__).resolve().parents[2]
 MASKED = UNIT + f'allow = ["{wwpn(2)}"]\n'
@@ -247,6 +248,20 @@ async def test_a_killed_adapter_s_blocks_are_freed(tmp_path: Path) -> None:
         with trio.fail_after(5):
             await done.wait()
         assert san.status()["targets"][0]["units"][0]["open"] == []
+
+
+async def test_what_a_killed_adapter_was_writing_is_finished_before_anybody_reads_it(tmp_path: Path) -> None:
+    async with fabric(tmp_path) as (san, nursery), process(tmp_path) as adapter:
+        two = await join(nursery, tmp_path, 2)
+        await two.command(bytes(6))
+        owner, medium = _openings(san)[0].owner, _medium(san)
+        assert await adapter.tell("latch", 0) is None
+        # What native/latch.h leaves behind between half of a block and all of it.
+        os.pwrite(medium.latch_fd, struct.pack("=QQ", owner << 32 | 1, 0 << 8 | 1), 4 * LATCH_WORDS)
+        os.pwrite(medium.latch_fd, b"N" * 512, 4 * LATCH_WORDS + 512 * 64)
+        os.pwrite(medium.fd, b"N" * 100, 0)
+        adapter.kill()
+        assert (await two.command(read_10(0, 1), data_in=512)).data_in == b"N" * 512
 
 
 async def test_an_owner_that_is_stuck_is_asked_and_then_killed(tmp_path: Path) -> None:

@@ -9,8 +9,9 @@ In force is a Route when it has been acknowledged AND the kernel says that the d
 older ones are gone (fabric_locks): an acknowledgement that is not true is not taken for one.
 
 An adapter that is late by more than fence_timeout is killed.  Gone means gone: the process is dead,
-or its link is closed, *and* the lock bytes of its descriptions are free; only then are the words that
-it left in the range latch freed and its Routes counted as acknowledged.  As long as that cannot be
+or its link is closed, *and* the lock bytes of its descriptions are free; only then is finished what it
+was just writing to memory (native/latch.c), are the words that it left in the range latch freed and its
+Routes counted as acknowledged.  As long as that cannot be
 had (a kernel that hangs in a device, a process that we may not kill) barriers wait, loudly.
 """
 
@@ -199,8 +200,7 @@ class Fence:
             return
         opening = next((o for o in self.openings.values() if o.owner == owner), None)
         if opening is None:
-            latch = self.medium.latch
-            if freed := latch.recover(owner) if latch else 0:  # else: another unit's, or free by now
+            if freed := self._recover(owner):  # else: another unit's, or free by now
                 self._log.warning("freed blocks that a dead adapter held", unit=self.name, owner=owner, stripes=freed)
         elif opening.end is None and not opening.asked and not any(pending.narrow for pending in opening.pending):
             self._log.warning(
@@ -377,8 +377,7 @@ class Fence:
             said = "closed a path" if opening.end is End.CLOSED else "lost its link"
             self._kill(opening, f"{said}, but keeps the medium")
             await self._released(opening, tuple(opening.numbers), loud=True)
-        latch = self.medium.latch
-        freed = latch.recover(opening.owner) if latch else 0
+        freed = self._recover(opening.owner)
         if freed:
             self._log.warning(
                 "freed blocks that an adapter held when it went",
@@ -397,6 +396,14 @@ class Fence:
             pending.acked.set()
             pending.settled.set()
         opening.pending.clear()
+
+    def _recover(self, owner: int) -> int:
+        """Free what a dead owner held; how many stripes.  What cannot be done is tried again when somebody waits."""
+        try:
+            return self.medium.recover(owner)
+        except OSError as error:
+            self._log.critical("cannot free what a dead adapter holds", unit=self.name, reason=str(error))
+            return 0
 
     def _kill(self, opening: Opening, why: str) -> None:
         adapter = opening.adapter
