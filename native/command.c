@@ -162,7 +162,7 @@ static void end_doomed(struct worker *worker, struct command *command, bool kept
 {
 	struct mail *waiter = command->waiter;
 
-	command_respond(worker, command, command->doom, 0);
+	command_respond(worker, command, command->doom, command->doom_status);
 	if (!waiter)
 		return;
 	waiter->kept |= kept;
@@ -267,8 +267,9 @@ void command_retry(struct worker *worker, uint64_t now)
 		if (!worker->starving && command->holder == command->cmd.path->medium->owner &&
 		    now > command->parked_since + FAIRNESS)
 			worker->starving = command;
-		if (command->holder && now > command->parked_since + LATCH_PATIENCE &&
-		    now > worker->latch_said + LATCH_PATIENCE) {
+		/* Who waits for our own I/O waits for a device that is slow, which nobody else can help. */
+		if (command->holder && command->holder != command->cmd.path->medium->owner &&
+		    now > command->parked_since + LATCH_PATIENCE && now > worker->latch_said + LATCH_PATIENCE) {
 			worker->latch_said = now;
 			worker_say(worker, VFC_EVENT_LATCH, command->ring->index, 0, command->holder);
 		}
@@ -435,7 +436,7 @@ static void end_punt(struct worker *worker, struct command *command)
 	command->state = COMMAND_FREE;
 }
 
-bool command_kill(struct worker *worker, struct command *command, uint8_t response, bool at_once)
+bool command_kill(struct worker *worker, struct command *command, uint8_t response, uint8_t status, bool at_once)
 {
 	struct vfc_path_engine *engine;
 	bool control = command->ring->role == VFC_RING_CONTROL;
@@ -456,6 +457,7 @@ bool command_kill(struct worker *worker, struct command *command, uint8_t respon
 		if ((engine->ops->runs_on && !at_once) || !engine->ops->abandon(engine, &command->cmd)) {
 			command->doomed = true;
 			command->doom = response;
+			command->doom_status = status;
 			return false;
 		}
 		worker->running--;
@@ -472,7 +474,7 @@ bool command_kill(struct worker *worker, struct command *command, uint8_t respon
 	if (control)
 		fail_control(worker, command, response);
 	else
-		command_respond(worker, command, response, 0);
+		command_respond(worker, command, response, status);
 	return true;
 }
 

@@ -192,6 +192,18 @@ static inline void fetch_medium(const struct express *express)
 	}
 }
 
+static __attribute__((noinline)) void write_memory(const struct express *express)
+{
+	const struct vfc_path *path = &express->route->path;
+	uint32_t most = path->medium->block_size > REDO_PIECE ? path->medium->block_size : REDO_PIECE;
+
+	for (uint32_t done = 0, piece; done < express->length; done += piece) {
+		piece = express->length - done < most ? express->length - done : most;
+		memcpy(path->redo.data, express->data + done, piece);
+		redo_copy(&path->redo, path->medium->memory, express->at + done, piece);
+	}
+}
+
 static inline bool move(const struct express *express)
 {
 	const struct vfc_medium *medium = express->route->path.medium;
@@ -202,7 +214,7 @@ static inline bool move(const struct express *express)
 	if (__builtin_expect(!latch_take_one(medium->latch, medium->owner, express->at, &holder), 0))
 		return false;
 	if (express->write)
-		memcpy(express->medium, express->data, express->length);
+		write_memory(express);
 	else
 		memcpy(express->data, express->medium, express->length);
 	latch_free_one(medium->latch, medium->owner, express->at);

@@ -16,6 +16,7 @@
 #include <stdint.h>
 #include <sys/uio.h>
 
+#include "latch.h"
 #include "vhostfc.h"
 
 enum vfc_submit {
@@ -48,6 +49,7 @@ struct vfc_path {
 	struct vfc_path_engine *engine;
 	struct vfc_medium *medium;
 	uint32_t nexus, epoch;
+	struct vfc_redo redo;	/* for writes to memory */
 	struct vfc_holders *holders;	/* by word, made when the first is needed */
 	uint16_t pass, passed;	/* reads that do not ask the page cache first: so many, and how many did not */
 	int32_t slot;		/* the engine's own: 0 nothing was tried yet, VFC_NO_SLOT */

@@ -1,5 +1,6 @@
 /*
- * path_media.c - media that need no waiting: memory (one copy between the guest and the medium) and null.
+ * path_media.c - media that need no waiting: memory (a copy between the guest and the medium, for writes by way of the
+ * place that outlives us; see latch.c) and null.
  *
  * A copy takes the latch stripe by stripe: blocks are not larger than a stripe and aligned, so each is moved whole.
  * When a stripe is taken, what was moved stays moved and the rest follows later.
@@ -8,25 +9,31 @@
 #include <string.h>
 
 #include "iov.h"
-#include "latch.h"
 #include "medium.h"
 #include "worker.h"
 
-static void copy(const struct vfc_medium *medium, const struct vfc_cmd *cmd, uint64_t at, size_t length)
+static void copy_out(const struct vfc_medium *medium, const struct vfc_cmd *cmd, uint64_t at, size_t length)
 {
-	uint8_t *medium_at = medium->memory + at;
+	const uint8_t *medium_at = medium->memory + at;
 
-	if (__builtin_expect(cmd->iov_count == 1, 1)) {
-		uint8_t *guest_at = (uint8_t *)cmd->iov->iov_base + cmd->done;
-
-		if (cmd->op == VFC_OP_READ)
-			memcpy(guest_at, medium_at, length);
-		else
-			memcpy(medium_at, guest_at, length);
-	} else if (cmd->op == VFC_OP_READ) {
+	if (__builtin_expect(cmd->iov_count == 1, 1))
+		memcpy((uint8_t *)cmd->iov->iov_base + cmd->done, medium_at, length);
+	else
 		iov_write(cmd->iov, cmd->iov_count, cmd->done, medium_at, length);
-	} else {
-		iov_read(cmd->iov, cmd->iov_count, cmd->done, medium_at, length);
+}
+
+static void copy_in(const struct vfc_medium *medium, const struct vfc_cmd *cmd, uint64_t at, size_t length)
+{
+	const struct vfc_redo *redo = &cmd->path->redo;
+	size_t most = medium->block_size > REDO_PIECE ? medium->block_size : REDO_PIECE;
+
+	for (size_t done = 0, piece; done < length; done += piece) {
+		piece = length - done < most ? length - done : most;
+		if (__builtin_expect(cmd->iov_count == 1, 1))
+			memcpy(redo->data, (const uint8_t *)cmd->iov->iov_base + cmd->done + done, piece);
+		else
+			iov_read(cmd->iov, cmd->iov_count, cmd->done + done, redo->data, piece);
+		redo_copy(redo, medium->memory, at + done, piece);
 	}
 }
 
@@ -40,7 +47,10 @@ static enum vfc_submit move(struct vfc_medium *medium, struct vfc_cmd *cmd)
 			length = cmd->length - cmd->done;
 		if (__builtin_expect(!latch_take_one(medium->latch, medium->owner, at, &cmd->holder), 0))
 			return VFC_BUSY;
-		copy(medium, cmd, at, length);
+		if (cmd->op == VFC_OP_READ)
+			copy_out(medium, cmd, at, length);
+		else
+			copy_in(medium, cmd, at, length);
 		latch_free_one(medium->latch, medium->owner, at);
 		cmd->done += length;
 	}

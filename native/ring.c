@@ -372,7 +372,7 @@ void ring_kill_all(struct worker *worker, struct ring *ring)
 {
 	for (uint32_t head = 0; ring->in_flight && head < ring->pool_size; head++)
 		if (ring->pool[head].state != COMMAND_FREE)
-			command_kill(worker, &ring->pool[head], VIRTIO_SCSI_S_RESET, true);
+			command_kill(worker, &ring->pool[head], VIRTIO_SCSI_S_RESET, 0, true);
 }
 
 void ring_settle(struct worker *worker, struct ring *ring, uint64_t now)

@@ -36,6 +36,7 @@ static struct route *make(struct worker *worker, struct vfc_route *wish)
 {
 	struct route *route = calloc(1, sizeof(*route));
 	struct vfc_medium *medium = wish->medium;
+	bool read_only;
 
 	if (!route)
 		return NULL;
@@ -59,7 +60,11 @@ static struct route *make(struct worker *worker, struct vfc_route *wish)
 	}
 	route->path.engine = medium->kind == VFC_MEDIUM_MEMORY || medium->kind == VFC_MEDIUM_NULL ? worker->media :
 												      worker->files;
-	vscsi_limit_mask(route->mask, wish->flags & VFC_ROUTE_READ_ONLY);
+	read_only = wish->flags & VFC_ROUTE_READ_ONLY;
+	/* Who finds no place to write from leaves writes to the fabric. */
+	if (medium->kind == VFC_MEDIUM_MEMORY && !read_only)
+		read_only = !latch_place(medium->latch, medium->owner, worker->index, &route->path.redo);
+	vscsi_limit_mask(route->mask, read_only);
 	return route;
 }
 
@@ -77,7 +82,9 @@ static void free_route(struct route *route)
 /* What is under way on the old route: finished, or answered at once; what is parked goes where the new one leads. */
 static void turn_over(struct worker *worker, struct route *old, uint8_t in_flight)
 {
-	uint8_t response = in_flight == VFC_ABORT_ABORTED ? VIRTIO_SCSI_S_ABORTED : VIRTIO_SCSI_S_RESET;
+	/* TAS is set: who is aborted by another nexus is told by status, and does it again (SAM-5 5.3.1). */
+	uint8_t response = in_flight == VFC_ABORT_ABORTED ? VIRTIO_SCSI_S_OK : VIRTIO_SCSI_S_RESET;
+	uint8_t status = in_flight == VFC_ABORT_ABORTED ? SAM_TASK_ABORTED : 0;
 	struct command *command, *next;
 
 	for (command = worker->parked; command; command = next) {
@@ -89,7 +96,7 @@ static void turn_over(struct worker *worker, struct route *old, uint8_t in_fligh
 			if (vscsi_dispatch(worker, command))
 				command_submit(worker, command);
 		} else {
-			command_kill(worker, command, response, true);
+			command_kill(worker, command, response, status, true);
 		}
 	}
 	if (in_flight == VFC_FINISH)
@@ -100,7 +107,7 @@ static void turn_over(struct worker *worker, struct route *old, uint8_t in_fligh
 		for (uint32_t head = 0; ring && ring->in_flight && head < ring->pool_size; head++) {
 			command = &ring->pool[head];
 			if (command->state == COMMAND_RUNNING && command->route == old)
-				command_kill(worker, command, response, true);
+				command_kill(worker, command, response, status, true);
 		}
 	}
 }

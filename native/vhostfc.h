@@ -57,9 +57,14 @@ int vfc_mem_covers(const struct vfc_mem *mem, uint64_t uaddr, uint64_t size);
  * alike take the stripes they touch.  Nobody blocks on a word: a command that cannot take
  * one is parked and tried again.  Owner 1 is the fabric, others are numbered by it; the
  * fabric frees a dead owner's words once that process and its I/O are gone.
+ *
+ * Memory is written by plain stores, so a writer that is killed leaves half a block.  Behind
+ * the words each writer has a place for what it is about to write; see vfc_latch_redo().
  */
 struct vfc_latch;
-#define VFC_LATCH_BYTES 65536	/* the memfd's size */
+#define VFC_LATCH_BYTES 33652736	/* the memfd's size: words, places, and their data; sparse */
+#define VFC_LATCH_WORDS 16384
+#define VFC_LATCH_PLACES 512
 #define VFC_LATCH_STRIPE 65536	/* bytes of medium that share a word; stripes share words modulo the table */
 
 int vfc_latch_open(int fd, struct vfc_latch **ret_latch);
@@ -67,6 +72,11 @@ void vfc_latch_put(struct vfc_latch *latch);
 /* 0 taken all, -EAGAIN and *ret_holder (may be NULL) when somebody has one of them (nothing is kept then) */
 int vfc_latch_take(struct vfc_latch *latch, uint32_t owner, uint64_t offset, uint64_t length, uint32_t *ret_holder);
 void vfc_latch_free(struct vfc_latch *latch, uint32_t owner, uint64_t offset, uint64_t length);
+/*
+ * Finish what this owner, which is dead, had begun to write to the memory in fd, and give back its places.  Before its
+ * words are freed.  owner 0: what any owner had, when all are dead.  How many copies that were, or -errno: do it again.
+ */
+int vfc_latch_redo(struct vfc_latch *latch, uint32_t owner, int fd);
 /* Free every word that this owner holds; returns how many. */
 int vfc_latch_recover(struct vfc_latch *latch, uint32_t owner);
 
@@ -160,6 +170,7 @@ struct vfc_ring_setup {
 #define VFC_ROUTE_GONE 1	/* no such route any more: what comes is punted (target there) */
 #define VFC_ROUTE_READ_ONLY 2
 
+/* What commands under way end with: as the medium ends them, RESET, or status TASK ABORTED. */
 enum vfc_in_flight { VFC_FINISH = 0, VFC_ABORT_RESET = 1, VFC_ABORT_ABORTED = 2 };
 
 /* Where (target, lun) leads.  mask: bit n of byte n/8 is opcode n: C may run it, all else is punted. */
@@ -213,7 +224,7 @@ enum vfc_event_kind {
 	 * more, -EIO a part whose file shrank
 	 */
 	VFC_EVENT_BROKEN,
-	VFC_EVENT_LATCH		/* value = owner that has held a latch for longer than a second */
+	VFC_EVENT_LATCH		/* value = another owner, that has held a latch for longer than a second */
 };
 
 /* Why a command was punted. */

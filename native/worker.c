@@ -148,7 +148,7 @@ static void abort_or_query(struct worker *worker, struct mail *mail)
 			if (!matches(command, match))
 				continue;
 			count++;
-			if (mail->msg.kind == VFC_MSG_ABORT && !command_kill(worker, command, match->response, false)) {
+			if (mail->msg.kind == VFC_MSG_ABORT && !command_kill(worker, command, match->response, 0, false)) {
 				command->waiter = mail;
 				mail->waiting++;
 			}

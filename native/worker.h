@@ -43,6 +43,7 @@ enum {
 	VIRTIO_SCSI_S_FAILURE = 9,
 };
 #define SAM_TASK_SET_FULL 0x28	/* SAM-5 5.3.1 */
+#define SAM_TASK_ABORTED 0x40
 #define REQUEST_HEADER 51	/* struct virtio_scsi_req_cmd without data, cdb_size 32 */
 #define RESPONSE_HEADER 108	/* struct virtio_scsi_resp_cmd without data, sense_size 96 */
 #define SENSE_ROOM 96
@@ -87,8 +88,8 @@ struct command {
 	uint8_t target;
 	uint16_t lun;
 	int16_t bad;		/* what was wrong with its chain, or 0 */
-	bool doomed;		/* answered with `doom` when the path gives it back */
-	uint8_t doom;
+	bool doomed;		/* answered with `doom` and `doom_status` when the path gives it back */
+	uint8_t doom, doom_status;
 	struct vq_chain chain;
 	/* The response's place: `answer` where it is in one piece, else the pieces up to answer_cut bytes of the last. */
 	uint8_t *answer;
@@ -269,7 +270,7 @@ void command_submit(struct worker *worker, struct command *command);
  * Answers a command in any state; false: when the path gives it back.  at_once: we have to leave, so not even a device
  * that may still run it is waited for.
  */
-bool command_kill(struct worker *worker, struct command *command, uint8_t response, bool at_once);
+bool command_kill(struct worker *worker, struct command *command, uint8_t response, uint8_t status, bool at_once);
 void command_reply(struct worker *worker, const struct mail *mail);
 /* Tries parked commands again. */
 void command_retry(struct worker *worker, uint64_t now);

@@ -30,6 +30,7 @@ CONTROL_MAX: int = lib.VFC_CONTROL_MAX
 MAX_RINGS: int = lib.VFC_MAX_RINGS
 LATCH_BYTES: int = lib.VFC_LATCH_BYTES
 LATCH_STRIPE: int = lib.VFC_LATCH_STRIPE
+LATCH_WORDS: int = lib.VFC_LATCH_WORDS
 
 
 def _check(result: int, doing: str) -> int:
@@ -134,6 +135,13 @@ class Latch(_Handle):
     def recover(self, owner: int) -> int:
         """Free all that a dead owner holds; how many words that were."""
         return int(lib.vfc_latch_recover(self.pointer, owner))
+
+    def redo(self, owner: int, fd: int) -> int:
+        """Finish what a dead owner (0: all of them) had begun to write to memory; how many copies.  Before recover().
+
+        OSError: it cannot be written.
+        """
+        return _check(lib.vfc_latch_redo(self.pointer, owner, fd), "finishing what a dead writer had begun")
 
     def _put(self, pointer: Any) -> None:
         lib.vfc_latch_put(pointer)

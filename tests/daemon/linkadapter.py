@@ -121,6 +121,8 @@ class LinkAdapter:
                     await self.send(link.RouteAck(route.seq))
                 else:
                     self._withheld.append(route)
+            case link.Ping(number):
+                await self.send(link.Pong(number))
         self._lot.unpark_all()
 
     async def acknowledge(self) -> None:
@@ -248,6 +250,10 @@ async def _obey(adapter: LinkAdapter, words: list[str]) -> object:
             assert route.medium is not MediumKind.NULL
             with Latch(adapter.fds[route.nexus][1]) as latch:
                 return latch.take(route.owner, int(offset), 512)
+        case ["stuck", nexus, owner]:
+            await adapter.send(link.LatchStuck(int(nexus), int(owner)))
+        case ["pings"]:
+            return sum(isinstance(message, link.Ping) for message in adapter.seen)
         case ["hang up"]:
             adapter.close()
         case ["drop"]:

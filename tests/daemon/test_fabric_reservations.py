@@ -16,7 +16,7 @@ from vhostfc.fc.fcp import TmFlag
 from vhostfc.fc.initiator import CommandResult
 from vhostfc.native import Latch
 
-REGISTER, RESERVE, CLEAR, PREEMPT, PREEMPT_AND_ABORT, IGNORE = 0, 1, 3, 4, 5, 6
+REGISTER, RESERVE, RELEASE, CLEAR, PREEMPT, PREEMPT_AND_ABORT, IGNORE = 0, 1, 2, 3, 4, 5, 6
 WE, EA, WERO = 1, 3, 5
 GOOD, CHECK_CONDITION, CONFLICT, ABORTED = 0x00, 0x02, 0x18, 0x40
 #: An owner in the latch that is neither the fabric nor any adapter: the test itself.

@@ -6,6 +6,7 @@ import dataclasses
 import os
 import signal
 import socket
+import struct
 from collections.abc import AsyncIterator, Callable, Sized
 from contextlib import asynccontextmanager
 from functools import partial
@@ -26,6 +27,7 @@ from vhostfc.errors import ConfigError, VhostfcError
 from vhostfc.fabric import link
 from vhostfc.fabric.link import Hello, MediumKind
 from vhostfc.fc.nport import LocalState
+from vhostfc.native import LATCH_WORDS, Latch
 
 LOG = structlog.get_logger()
 TARGET = """
@@ -452,6 +454,24 @@ async def test_memory_survives_a_restart_in_systemd_s_store(tmp_path: Path) -> N
         await san.reload(config(tmp_path, TARGET))
     manager.passed()
     assert manager.store == {}, "what is not configured any more is not kept"
+    manager.close()
+
+
+async def test_what_adapters_left_behind_while_there_was_no_fabric_is_dealt_with(tmp_path: Path) -> None:
+    """Killed in the middle of a block, with its latch in hand: the latch is kept like the memory, and tells."""
+    manager = Manager(tmp_path / "notify")
+    async with life(tmp_path, manager, TARGET + unit(0)) as (san, _):
+        (served,) = san.placement.served.values()
+        with Latch(served.medium.latch_fd) as latch:
+            assert latch.take(5, 0, 512) is None
+        places, data = 4 * LATCH_WORDS, 4 * LATCH_WORDS + 512 * 64  # latch.h
+        os.pwrite(served.medium.latch_fd, struct.pack("=QQ", 5 << 32 | 1, 3 << 8 | 1), places)
+        os.pwrite(served.medium.latch_fd, b"N" * 512, data)
+        os.pwrite(served.medium.fd, b"N" * 100, 3 * 512)
+    async with life(tmp_path, manager, TARGET + unit(0)) as (_, nursery):
+        one = await join(nursery, tmp_path, 1)
+        await one.command(bytes(6))
+        assert (await one.command(read_10(3, 2), data_in=1024)).data_in == b"N" * 512 + bytes(512)
     manager.close()
 
 

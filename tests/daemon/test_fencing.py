@@ -5,9 +5,11 @@ The adapters that misbehave are processes of their own: they are to be killed.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
+import struct
 import subprocess
 import sys
 from collections.abc import AsyncIterator
@@ -16,9 +18,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pytest
 import trio
 
 from tests.daemon.linkadapter import LinkAdapter, attach, read_10, write_10, wwpn
+from tests.daemon.test_fabric_reservations import EA, REGISTER, RELEASE, RESERVE, WE, may, out
 from tests.daemon.test_fabricd import TARGET, UNIT, config, fabric, join
 from vhostfc.config import FabricConfig
 from vhostfc.daemon import fabric_latch, fabric_locks, media
@@ -28,7 +32,7 @@ from vhostfc.fabric import link
 from vhostfc.fabric.link import InFlight, MediumKind, Route
 from vhostfc.fc.fcp import TmFlag
 from vhostfc.fc.initiator import End
-from vhostfc.native import LATCH_STRIPE
+from vhostfc.native import LATCH_STRIPE, LATCH_WORDS
 
 ROOT = Path(__file__).resolve().parents[2]
 MASKED = UNIT + f'allow = ["{wwpn(2)}"]\n'
@@ -153,8 +157,7 @@ async def test_every_route_brings_descriptions_of_its_own_and_ends_the_ones_befo
         assert first is not None
         assert await two.manage(TmFlag.CLEAR_TASK_SET) == 0
         assert await one.manage(TmFlag.QUERY_TASK_SET) == 0
-        assert fabric_locks.held(medium.fd, 1) is None, "the mask is closed: nobody has the medium"
-        await one.command(bytes(6))
+        assert (await one.command(bytes(6))).status == 0, "who is told with TASK ABORTED is not told again"
         await one.until(lambda: any(one.routes[route.nexus].mask))
         second = fabric_locks.held(medium.fd, 1)
         assert second is not None
@@ -247,6 +250,20 @@ async def test_a_killed_adapter_s_blocks_are_freed(tmp_path: Path) -> None:
         assert san.status()["targets"][0]["units"][0]["open"] == []
 
 
+async def test_what_a_killed_adapter_was_writing_is_finished_before_anybody_reads_it(tmp_path: Path) -> None:
+    async with fabric(tmp_path) as (san, nursery), process(tmp_path) as adapter:
+        two = await join(nursery, tmp_path, 2)
+        await two.command(bytes(6))
+        owner, medium = _openings(san)[0].owner, _medium(san)
+        assert await adapter.tell("latch", 0) is None
+        # What native/latch.h leaves behind between half of a block and all of it.
+        os.pwrite(medium.latch_fd, struct.pack("=QQ", owner << 32 | 1, 0 << 8 | 1), 4 * LATCH_WORDS)
+        os.pwrite(medium.latch_fd, b"N" * 512, 4 * LATCH_WORDS + 512 * 64)
+        os.pwrite(medium.fd, b"N" * 100, 0)
+        adapter.kill()
+        assert (await two.command(read_10(0, 1), data_in=512)).data_in == b"N" * 512
+
+
 async def test_an_owner_that_is_stuck_is_asked_and_then_killed(tmp_path: Path) -> None:
     async with fabric(tmp_path) as (san, nursery), process(tmp_path) as adapter:
         owner = _openings(san)[0].owner
@@ -254,11 +271,31 @@ async def test_an_owner_that_is_stuck_is_asked_and_then_killed(tmp_path: Path) -
         two = await join(nursery, tmp_path, 2)
         route = await two.open()
         await two.send(link.LatchStuck(route.nexus, owner))
-        await _until(lambda: _openings(san)[0].epoch > 2)  # asked; it answers, and is alive
+        with trio.fail_after(10):
+            while not await adapter.tell("pings"):
+                await trio.sleep(0.01)
+        await _until(lambda: not _openings(san)[0].asked)  # it has answered, and is alive
         adapter.stop()
         await two.send(link.LatchStuck(route.nexus, owner))
         assert await adapter.died() == -signal.SIGKILL
         assert (await two.command(read_10(0, 1), data_in=512)).status == 0
+
+
+@pytest.mark.parametrize("who", ["itself", "another"])
+async def test_an_adapter_whose_disk_is_slow_lives_on(tmp_path: Path, who: str) -> None:
+    """Its I/O takes longer than fence_timeout, so no route drains; but nobody has asked it to let go of anything."""
+    async with fabric(tmp_path) as (san, nursery), process(tmp_path) as adapter:
+        owner, handle = _openings(san)[0].owner, _openings(san)[0].handle
+        assert await adapter.tell("latch", 0) is None
+        await adapter.tell("mute")
+        two = await join(nursery, tmp_path, 2)
+        if who == "itself":  # a command of its own waits as well
+            await adapter.tell("stuck", handle, owner)
+        else:
+            await two.send(link.LatchStuck((await two.open()).nexus, owner))
+        with trio.move_on_after(3 * 0.3):
+            await adapter.process.wait()
+        assert adapter.process.poll() is None
 
 
 async def test_a_name_that_returns_waits_until_its_former_life_is_over(tmp_path: Path) -> None:
@@ -269,6 +306,43 @@ async def test_a_name_that_returns_waits_until_its_former_life_is_over(tmp_path:
         assert not san.status()["logins"]
         await again.ready()
         assert await adapter.died() == -signal.SIGKILL, "it had kept the medium"
+
+
+async def test_a_medium_that_cannot_be_given_anew_is_taken_away_like_any_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with fabric(tmp_path) as (_, nursery):
+        one, two = await join(nursery, tmp_path, 1), await join(nursery, tmp_path, 2)
+        for adapter in (one, two):
+            await adapter.command(bytes(6))
+        assert await out(one, REGISTER, 0, 1) == 0
+        assert await out(one, RESERVE, 1, kind=WE) == 0
+        await two.open()
+        assert may(two, 0x28)
+        assert not may(two, 0x2A)
+        two.acks = two.releases = False  # from here on it does not answer
+        routes = len(two.seen)
+
+        def reopen(_: media.Medium) -> int:
+            raise OSError(errno.EMFILE, "Too many open files")
+
+        monkeypatch.setattr(media.Medium, "reopen", reopen)
+        done: list[int] = []
+
+        async def reserve() -> None:
+            done.append(await out(one, RELEASE, 1, kind=WE))  # the other one may write, but no descriptor is left
+            done.append(await out(one, RESERVE, 1, kind=EA))
+
+        nursery.start_soon(reserve)
+        await two.until(lambda: not may(two, 0x28))
+        with trio.move_on_after(0.2):
+            await one.until(lambda: done)
+        assert not done, "GOOD while the adapter can still read"
+        assert [type(one) for one in two.seen[routes:]].count(Route) == 1, "nothing else to say than that once"
+        two.drop_media()
+        await two.acknowledge()
+        await one.until(lambda: len(done) == 2)
+        assert done == [0, 0]
 
 
 # ---------------------------------------------------------------- commands that come as frames

@@ -8,7 +8,7 @@ from tests.fabric.san import BLOCK, NODE, TARGET, Initiator, San, wwpn
 from vhostfc.fabric.target import BURST, MAX_DATA_OUT, Abort, Lost, Manage, State
 from vhostfc.fc import bls, els
 from vhostfc.fc.els import Els, Explanation, FcpService, LsRjt, Reason
-from vhostfc.fc.fcp import FcpCmnd, FcpRsp, FcpXferRdy, ResponseCode, TmFlag
+from vhostfc.fc.fcp import FcpCmnd, FcpRsp, FcpXferRdy, ResponseCode, TmFlag, cmnd_frame
 from vhostfc.fc.frame import FCtl, FcType, Frame, RCtl
 from vhostfc.fc.login import Login
 from vhostfc.fc.sequence import initiator_data
@@ -292,6 +292,28 @@ def test_the_same_ox_id_again_ends_the_command_before() -> None:
     one.ox_id = ox_id - 1
     assert one.command(bytes(6))[0].status == Status.GOOD
     assert san.rations.usage(one.wwpn) == (0, 0)
+
+
+def test_what_comes_late_of_an_exchange_is_not_taken_for_its_successor_s() -> None:
+    san = San()
+    one = Initiator(san, 1).open()
+    ox_id, asked, _ = begin_write(one, 1)
+    late = list(initiator_data(asked, b"O" * BLOCK, 0, seq_id=1))
+    late.append(bls.abts_frame(one.port_id, san.target.port_id, ox_id, asked.rx_id))
+    one.plogi()
+    one.prli()
+    command = cmnd_frame(one.port_id, san.target.port_id, ox_id, FcpCmnd(LUN0, write_10(0, 1), BLOCK, write=True))
+    san.switch.receive(one.f_port, command.pack())
+    (exchange,) = san.target.exchanges()
+    one.take()
+    for frame in late:
+        for f_port, answer in san.switch.receive(one.f_port, frame.pack()):
+            assert f_port == one.f_port
+            assert isinstance(answer, bytes)
+            assert bls.BaRjt.unpack(Frame.unpack(answer).payload).reason == bls.Reason.LOGICAL_ERROR
+    assert exchange.state is State.DATA
+    assert exchange.data is not None
+    assert exchange.data.received == 0
 
 
 def test_a_task_management_function_goes_to_the_runner_past_the_queue() -> None:

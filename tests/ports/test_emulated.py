@@ -770,6 +770,21 @@ async def test_a_stuck_latch_is_the_fabrics_business(lab: Lab, port: Port, autoj
         assert lab.fake.last.other == [link.LatchStuck(nexus, 77)]
 
 
+async def test_a_sign_of_life_is_given_when_the_workers_have_given_theirs(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, autojump_clock: MockClock
+) -> None:
+    alive = trio.Event()
+    monkeypatch.setattr(lab.fabric, "_alive", alive.wait)
+    async with lab.fabric.login(ME):
+        await lab.fake.last.send(link.Ping(7))
+        await trio.testing.wait_all_tasks_blocked()
+        assert lab.fake.last.other == []
+        alive.set()
+        await lab.fake.until(lambda: lab.fake.last.other)
+
+        assert lab.fake.last.other == [link.Pong(7)]
+
+
 # ---------------------------------------------------------------- odds and ends
 
 

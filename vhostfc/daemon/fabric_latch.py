@@ -11,14 +11,14 @@ from collections.abc import Callable
 import trio
 
 from vhostfc.daemon.media import Medium
-from vhostfc.native import LATCH_BYTES, LATCH_STRIPE, Latch
+from vhostfc.native import LATCH_STRIPE, LATCH_WORDS, Latch
 
 #: The fabric's own number in every latch.
 OWNER = 1
 #: The first pause and the longest, in seconds; after STUCK we ask after the holder.
 PAUSE, PAUSE_MAX, STUCK = 0.0002, 0.01, 1.0
 
-_WORDS = LATCH_BYTES // 4
+_WORDS = LATCH_WORDS
 
 
 class Holding:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from itertools import count
 
 import structlog
 import trio
@@ -42,13 +43,15 @@ class Link:
         self.openings: dict[int, tuple[Fence, Opening]] = {}
         self._socket = socket
         self._process = process
-        self._routes: deque[tuple[Route, list[int]]] = deque()
+        self._routes: deque[tuple[Route | link.Ping, list[int]]] = deque()
         self._frames: deque[bytes] = deque()
         self._news = trio.Event()
         self._room = trio.Event()
         self._closed = False
         self._scope = trio.CancelScope()
         self._seqs: dict[int, int] = {}  # a Route's seq -> its handle
+        self._pings = count(1)
+        self._asked: dict[int, trio.Event] = {}
 
     def __repr__(self) -> str:
         return f"<Link {self.name} (process {self.pid})>"
@@ -63,6 +66,18 @@ class Link:
         self._seqs[route.seq] = route.nexus
         self._routes.append((route, fds))
         self._news.set()
+
+    async def sign_of_life(self) -> None:
+        """fencing's Adapter."""
+        number, answered = next(self._pings) & 0xFFFFFFFF, trio.Event()
+        self._asked[number] = answered
+        if not self._closed:
+            self._routes.append((link.Ping(number), []))
+            self._news.set()
+        try:
+            await answered.wait()
+        finally:
+            del self._asked[number]
 
     def post_frame(self, what: bytes | Note) -> None:
         """Send a frame, or a note for people, when its turn comes."""
@@ -95,9 +110,9 @@ class Link:
     async def _write(self) -> None:
         while True:
             if self._routes:
-                route, fds = self._routes.popleft()
+                message, fds = self._routes.popleft()
                 try:
-                    await self._socket.send(link.encode(route), fds)
+                    await self._socket.send(link.encode(message), fds)
                 finally:
                     close_fds(fds)
             elif self._frames:
@@ -167,7 +182,10 @@ class Link:
             case link.LatchStuck(handle, owner):
                 found = self.openings.get(handle)
                 if found is not None:
-                    found[0].stuck(owner)
+                    found[0].stuck(owner, found[1])
+            case link.Pong(number):
+                if number in self._asked:
+                    self._asked[number].set()
             case _:
                 return False
         return True

@@ -6,8 +6,9 @@ range latch.  Three rules of fencing live here:
 - after every step of every task the verdicts are compared with what the adapters were told, and no
   status goes out before every narrowing is in force (Served.changed, Served.barrier);
 - a command that has waited, for its data or for a latch, looks again before it writes: when its right
-  is gone, or in doubt, it is begun anew, and its unit says what is to be said now;
-- a task that shall end is cancelled; nobody is told that it has ended before it has.
+  is gone, or in doubt, it is begun anew, and its unit says what is to be said now; when its exchange
+  has ended, it is over;
+- a task that shall end is cancelled, at once; nobody is told that it has ended before it has.
 """
 
 from __future__ import annotations
@@ -100,7 +101,7 @@ T = TypeVar("T")
 
 
 class _Elsewhere(Exception):
-    """Another unit, or none, is where the command was for: it is begun anew there."""
+    """Another unit, or none, is where the command was for, and it is begun anew there; or its exchange has ended."""
 
 
 @dataclass(eq=False, slots=True)
@@ -185,7 +186,10 @@ class Runner:
                         place.unit.detach(session.nexus)
                         look_again[place.unit] = None
                 case Abort(exchange, reply):
-                    self._nursery.start_soon(self._abort, exchange, reply)
+                    running = self._running.get(exchange)
+                    if running is not None:
+                        running.scope.cancel()
+                    self._nursery.start_soon(self._abort, running, reply)
                 case Manage(exchange):
                     self._nursery.start_soon(self._manage, exchange)
                 case Untold(session, lun, sense):
@@ -241,7 +245,7 @@ class Runner:
         self._nursery.start_soon(self._run, running)
 
     async def _run(self, running: _Running) -> None:
-        exchange = running.exchange
+        exchange, undelivered = running.exchange, None
         try:
             with running.scope:
                 for other in running.after:
@@ -250,13 +254,19 @@ class Runner:
                     result = await self._alone(running, running.served)
                 else:
                     result = await self._execute(running)
+                undelivered = result.attention
                 if running.served is not None:
                     await running.served.barrier()
-                await self.send(exchange.target.finish(exchange, result, _used(running, result)))
+                if not exchange.over:
+                    await self.send(exchange.target.finish(exchange, result, _used(running, result)))
+                    undelivered = None
         except Exception:
             self._log.exception("a command failed in the fabric", cdb=exchange.cmnd.cdb.hex())
             await self.send(exchange.target.finish(exchange, _OUR_FAULT))
         finally:
+            if undelivered is not None and running.served is not None:
+                running.served.unit.not_told(running.nexus, undelivered)
+                running.served.changed()
             del self._running[exchange]
             if running.began is not None:
                 self._on[running.began].pop(running)
@@ -290,16 +300,17 @@ class Runner:
         fate = await self._meet(running)
         if fate is not None:
             return fate
-        while True:
+        while not exchange.over:
             server, running.served = self._resolve(exchange)
             if running.served is not None:
                 running.epoch = running.served.epoch
             result = await self._drive(server.execute(task), running.served, running, running.nexus)
-            if result is not None:
-                break
-        if running.served is not None and task.cdb[0] in _MAY_CHANGE_RIGHTS:
-            running.served.changed(epoch=True)
-        return result
+            if result is None:
+                continue
+            if running.served is not None and task.cdb[0] in _MAY_CHANGE_RIGHTS:
+                running.served.changed(epoch=True)
+            return result
+        return _ABORTED  # which nobody hears
 
     async def _meet(self, running: _Running) -> ScsiResult | None:
         """What faults of the unit do to a command that is about to begin: it waits, or it ends with this."""
@@ -399,17 +410,33 @@ class Runner:
                 if atomic:
                     write = partial(served.write_atomically, lba, data)
             case Fill(lba, blocks, block, unmap):
-                await holding.take(lba, blocks)
-                write = partial(medium.fill, lba, blocks, block, unmap=unmap)
+                # What must be atomic is a block, and on a busy unit no large range is ever free all at once.
+                for first, count in medium.pieces(lba, blocks):
+                    await holding.take(first, count)
+                    await self._write(
+                        partial(medium.fill, first, count, block, unmap=unmap), served, running, holding, mark
+                    )
+                return None
             case _:
                 raise AssertionError(f"{effect}: nobody does this")
+        await self._write(write, served, running, holding, mark)
+        return None
+
+    async def _write(
+        self,
+        write: Callable[[], Awaitable[None]],
+        served: Served,
+        running: _Running | None,
+        holding: Holding,
+        mark: int,
+    ) -> None:
+        """Now that its blocks are held; then they are free."""
         try:
             self._look_again(served, running)
             with served.operation():
                 await write()
         finally:
             holding.release(to=mark)
-        return None
 
     async def _at(self, unit: LogicalUnit, effect: Read | Write, nexus: Nexus, running: _Running | None) -> object:
         """The effect At.  All of it is an operation of that unit, so that nobody takes the medium from under it."""
@@ -464,6 +491,8 @@ class Runner:
         """Before a write, after all waiting.  Raises Withdrawn or _Elsewhere."""
         if running is None:
             return
+        if running.exchange.over:
+            raise _Elsewhere
         server, _ = self._resolve(running.exchange)
         if server is not served.unit:
             raise _Elsewhere
@@ -472,11 +501,9 @@ class Runner:
 
     # ------------------------------------------------------------ ending them
 
-    async def _abort(self, exchange: Exchange, reply: Frame | None) -> None:
-        """ABTS, or a lost login, for a command that was running; its exchange is ended already."""
-        running = self._running.get(exchange)
+    async def _abort(self, running: _Running | None, reply: Frame | None) -> None:
+        """ABTS, or a lost login, for a command that was running and is cancelled; its exchange is ended already."""
         if running is not None:
-            running.scope.cancel()
             await running.done.wait()
         if reply is not None:
             await self.send([reply])
@@ -509,7 +536,8 @@ class Runner:
         self, served: Served, nexuses: frozenset[Nexus], reset: bool, but: _Running | None, nexus: Nexus
     ) -> None:
         """The effect AbortTasks.  The nexus that asked for it hears nothing of its own commands (SAM-5 5.8.2);
-        others get TASK ABORTED, since a silent target would cost them their command timeout."""
+        others get TASK ABORTED, since a silent target would cost them their command timeout: whatever becomes of
+        the command that asked for it."""
         victims = [e for e in self._tasks(served, nexuses) if but is None or e is not but.exchange]
         ending = [self._running[e] for e in victims if e in self._running]
         for running in ending:
@@ -519,11 +547,18 @@ class Runner:
                 exchange.target.drop(exchange)
         action = InFlight.RESET if reset else InFlight.ABORTED
         served.changed(ending=dict.fromkeys(nexuses, action))
-        for running in ending:
-            await running.done.wait()
-        await served.fence.settled(nexuses)
-        for exchange in victims:
-            await self.send(exchange.target.finish(exchange, _ABORTED))
+        ended = trio.Event()
+
+        async def end() -> None:
+            for running in ending:
+                await running.done.wait()
+            await served.fence.settled(nexuses)
+            for exchange in victims:
+                await self.send(exchange.target.finish(exchange, _ABORTED))
+            ended.set()
+
+        self._nursery.start_soon(end)
+        await ended.wait()
 
     # ------------------------------------------------------------ task management
 

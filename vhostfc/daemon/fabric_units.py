@@ -62,14 +62,19 @@ def _naa(seed: bytes) -> bytes:
 class Store:
     """Memory that outlives the fabric: what systemd kept for us, and what we ask it to keep."""
 
-    _NAME = re.compile(r"unit-([0-9a-f]{16}-\d+)-([0-9a-f]{32})")
+    _NAME = re.compile(r"(unit|latch)-([0-9a-f]{16}-\d+)-([0-9a-f]{32})")
 
     def __init__(self, notifier: Notifier, passed: Sequence[PassedFd] = ()) -> None:
         self._notifier = notifier
         self._kept: dict[str, tuple[bytes, int]] = {}
+        self._latches: dict[bytes, int] = {}
         for one in passed:
-            if match := self._NAME.fullmatch(one.name):
-                self._kept[match[1]] = (bytes.fromhex(match[2]), one.fd)
+            if not (match := self._NAME.fullmatch(one.name)):
+                continue
+            if match[1] == "unit":
+                self._kept[match[2]] = (bytes.fromhex(match[3]), one.fd)
+            else:
+                self._latches[bytes.fromhex(match[3])] = one.fd
 
     def take(self, place: str, size: int) -> tuple[bytes, int] | None:
         """(NAA, memfd) that was kept for this place, if it is not larger than it shall be now."""
@@ -78,25 +83,34 @@ class Store:
             return None
         return self._kept.pop(place)
 
-    def put(self, place: str, naa: bytes, fd: int) -> None:
-        self._notifier.store(self._name(place, naa), [fd])
+    def take_latch(self, naa: bytes) -> int | None:
+        """The latch that was kept with it: in it is what dead adapters had begun to write."""
+        return self._latches.pop(naa, None)
+
+    def put(self, place: str, naa: bytes, fd: int, latch_fd: int) -> None:
+        self._notifier.store(self._name("unit", place, naa), [fd])
+        self._notifier.store(self._name("latch", place, naa), [latch_fd])
 
     def remove(self, place: str, naa: bytes) -> None:
-        self._notifier.forget(self._name(place, naa))
+        self._notifier.forget(self._name("unit", place, naa))
+        self._notifier.forget(self._name("latch", place, naa))
 
     def drop_rest(self) -> None:
         """What nobody took is of units that are not configured any more, or not so large."""
         for place, kept in list(self._kept.items()):
             self._drop(place, *kept)
         self._kept.clear()
+        for fd in self._latches.values():
+            os.close(fd)
+        self._latches.clear()
 
     def _drop(self, place: str, naa: bytes, fd: int) -> None:
         os.close(fd)
         self.remove(place, naa)
 
     @staticmethod
-    def _name(place: str, naa: bytes) -> str:
-        return f"unit-{place}-{naa.hex()}"
+    def _name(what: str, place: str, naa: bytes) -> str:
+        return f"{what}-{place}-{naa.hex()}"
 
 
 class Served:
@@ -231,6 +245,7 @@ class Served:
                 fabric_locks.take(self.medium.fd, 0, read_only=not self.medium.can_write)
             except BlockingIOError:
                 return False
+            self.medium.settle()
             self._undo()
         self.ready = True
         return True
@@ -331,7 +346,8 @@ class Maker:
     def keep(self, served: Served) -> None:
         """The unit is in use from now on: its memory shall outlive us."""
         if served.key[0] == "memory":
-            self._store.put(served.key[1], served.unit.identity.naa[0], served.medium.fd)
+            medium = served.medium
+            self._store.put(served.key[1], served.unit.identity.naa[0], medium.fd, medium.latch_fd)
 
     def remove(self, served: Served) -> None:
         """The unit is not configured any more; its fence is empty."""
@@ -376,8 +392,11 @@ class Maker:
         assert config.size is not None
         kept = self._store.take(where, config.size)
         naa, fd = kept or (_naa(secrets.token_bytes(32)), None)
+        latch_fd = self._store.take_latch(naa)
         try:
-            medium = media.memory(config.size, block_size=config.block_size, name=f"memory {where}", fd=fd)
+            medium = media.memory(
+                config.size, block_size=config.block_size, name=f"memory {where}", fd=fd, latch_fd=latch_fd
+            )
         except OSError as error:
             raise VhostfcError(f"no memory for a unit of {config.size} bytes: {error.strerror}") from None
         medium.read_only = config.read_only

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Awaitable, Callable
 
 import structlog
+import trio
 
 from vhostfc.config import AdapterConfig, HbaConfig
 from vhostfc.errors import ConfigError
@@ -21,8 +23,13 @@ def load(config: AdapterConfig) -> None:
         import vhostfc.ports.emulated  # noqa: F401, PLC0415
 
 
-def fabric_of(config: AdapterConfig, *, log: structlog.typing.FilteringBoundLogger) -> Fabric:
-    """The adapter's way into its fabric.  Raises ConfigError where neither is named."""
+def fabric_of(
+    config: AdapterConfig,
+    *,
+    alive: Callable[[], Awaitable[None]] = trio.lowlevel.checkpoint,
+    log: structlog.typing.FilteringBoundLogger,
+) -> Fabric:
+    """The adapter's way into its fabric.  alive: see EmulatedFabric.  Raises ConfigError where neither is named."""
     if config.hba is not None:
         return _npiv(config, config.hba, log)
     if config.emulated is None:
@@ -34,6 +41,7 @@ def fabric_of(config: AdapterConfig, *, log: structlog.typing.FilteringBoundLogg
         name=config.name,
         hold_timeout=config.hold_timeout,
         command_timeout=config.command_timeout,
+        alive=alive,
         log=log,
     )
 

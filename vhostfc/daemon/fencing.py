@@ -9,8 +9,9 @@ In force is a Route when it has been acknowledged AND the kernel says that the d
 older ones are gone (fabric_locks): an acknowledgement that is not true is not taken for one.
 
 An adapter that is late by more than fence_timeout is killed.  Gone means gone: the process is dead,
-or its link is closed, *and* the lock bytes of its descriptions are free; only then are the words that
-it left in the range latch freed and its Routes counted as acknowledged.  As long as that cannot be
+or its link is closed, *and* the lock bytes of its descriptions are free; only then is finished what it
+was just writing to memory (native/latch.c), are the words that it left in the range latch freed and its
+Routes counted as acknowledged.  As long as that cannot be
 had (a kernel that hangs in a device, a process that we may not kill) barriers wait, loudly.
 """
 
@@ -46,6 +47,10 @@ class Adapter(Protocol):
 
     def post(self, route: Route, fds: list[int]) -> None:
         """Send a Route before all else; takes the fds, and closes them when they are sent or cannot be."""
+        ...
+
+    async def sign_of_life(self) -> None:
+        """Returns when the adapter's threads have said that they live, whatever their I/O waits for; else never."""
         ...
 
     def kill(self) -> str | None:
@@ -89,7 +94,7 @@ class _Pending:
 class Opening:
     """A path that an adapter has open: its number for both sides, its number in the latch, what it was told.
 
-    numbers: lock bytes of the descriptions that it was given and may still have.
+    numbers: lock bytes of the descriptions that it was given and may still have.  asked: for a sign of life.
     """
 
     adapter: Adapter
@@ -103,6 +108,7 @@ class Opening:
     out: Verdict = field(default_factory=Verdict)
     pending: list[_Pending] = field(default_factory=list)
     numbers: list[int] = field(default_factory=list)
+    asked: bool = False
     end: End | None = None
     gone: trio.Event = field(default_factory=trio.Event)
 
@@ -181,24 +187,38 @@ class Fence:
             self._numbers.going.setdefault(opening.wwpn, set()).add(opening)
             self._nursery.start_soon(self._bury, opening)
 
-    def stuck(self, owner: int) -> None:
-        """This owner has held a stripe of the medium for more than a second: it has to show that it is alive."""
+    def stuck(self, owner: int, asking: Opening | None = None) -> None:
+        """This owner has held a stripe of the medium for more than a second, says another one (None: the fabric).
+
+        It has to show that it is alive, and no more: its device may be slow, so nothing that would wait for its
+        I/O is asked of it.
+        """
+        if asking is not None and asking.owner == owner:
+            return
         if owner == OWNER:
             self._log.warning("the fabric itself holds blocks for more than a second", unit=self.name)
             return
         opening = next((o for o in self.openings.values() if o.owner == owner), None)
         if opening is None:
-            latch = self.medium.latch
-            if freed := latch.recover(owner) if latch else 0:  # else: another unit's, or free by now
+            if freed := self._recover(owner):  # else: another unit's, or free by now
                 self._log.warning("freed blocks that a dead adapter held", unit=self.name, owner=owner, stripes=freed)
-        elif opening.end is None and not any(pending.narrow for pending in opening.pending):
+        elif opening.end is None and not opening.asked and not any(pending.narrow for pending in opening.pending):
             self._log.warning(
                 "an adapter holds blocks for more than a second",
                 unit=self.name,
                 adapter=opening.adapter.name,
                 wwpn=str(opening.wwpn),
             )
-            self._send(opening, opening.out, InFlight.FINISH, must_ack=True)
+            opening.asked = True
+            self._nursery.start_soon(self._ask, opening)
+
+    async def _ask(self, opening: Opening) -> None:
+        """See to it that an adapter shows that it is alive, or is not."""
+        with trio.move_on_after(self.timeout) as scope:
+            await opening.adapter.sign_of_life()
+        opening.asked = False
+        if scope.cancelled_caught and opening.end is None:
+            self._kill(opening, "does not answer, and holds blocks that others wait for")
 
     # ------------------------------------------------------------ what the fabric does
 
@@ -220,15 +240,23 @@ class Fence:
         return narrowed
 
     async def barrier(self) -> None:
-        """Wait until every narrowing that is out now is in force, and every adapter that is going is gone."""
+        """Wait until every narrowing that is out now is in force, and every adapter that is going is gone.
+
+        Who may do nothing has no description either, whatever came between.
+        """
         waiting: list[trio.Event] = []
+        idle: list[tuple[Opening, tuple[int, ...]]] = []
         for opening in self.openings.values():
             if opening.end is not None:
                 waiting.append(opening.gone)
+            elif not any(opening.out.mask):
+                idle.append((opening, tuple(opening.numbers)))
             waiting += [pending.settled for pending in opening.pending if pending.narrow]
         await trio.lowlevel.checkpoint()
         for event in waiting:
             await event.wait()
+        for opening, numbers in idle:
+            await self._released(opening, numbers)
 
     async def drained(self) -> None:
         """Wait until there is no opening any more."""
@@ -253,20 +281,22 @@ class Fence:
         action: InFlight,
         *,
         seq: int | None = None,
-        must_ack: bool = False,
     ) -> bool:
         """Give an opening its next Route; True when that has to be waited for."""
-        narrow = seq is None and (must_ack or action is not InFlight.FINISH or verdict.narrows(opening.out))
         older = tuple(opening.numbers)
         fds: list[int] = []
         kind = MediumKind.NONE
+        must_ack = action is not InFlight.FINISH
         if not verdict.gone and any(verdict.mask):
             try:
                 fds = self._describe(opening)
                 kind = self.medium.kind
             except OSError as error:
-                self._log.error("cannot give an adapter its medium", unit=self.name, reason=error.strerror)
                 verdict = Verdict(read_only=verdict.read_only, blocks=verdict.blocks)
+                if seq is None and verdict == opening.out and not must_ack:
+                    return False  # as before, and that was said
+                self._log.error("cannot give an adapter its medium", unit=self.name, reason=error.strerror)
+        narrow = seq is None and (must_ack or verdict.narrows(opening.out))
         opening.epoch += 1
         opening.out = verdict
         pending = _Pending(next(self._numbers.seq) if seq is None else seq, narrow)
@@ -347,8 +377,7 @@ class Fence:
             said = "closed a path" if opening.end is End.CLOSED else "lost its link"
             self._kill(opening, f"{said}, but keeps the medium")
             await self._released(opening, tuple(opening.numbers), loud=True)
-        latch = self.medium.latch
-        freed = latch.recover(opening.owner) if latch else 0
+        freed = self._recover(opening.owner)
         if freed:
             self._log.warning(
                 "freed blocks that an adapter held when it went",
@@ -367,6 +396,14 @@ class Fence:
             pending.acked.set()
             pending.settled.set()
         opening.pending.clear()
+
+    def _recover(self, owner: int) -> int:
+        """Free what a dead owner held; how many stripes.  What cannot be done is tried again when somebody waits."""
+        try:
+            return self.medium.recover(owner)
+        except OSError as error:
+            self._log.critical("cannot free what a dead adapter holds", unit=self.name, reason=str(error))
+            return 0
 
     def _kill(self, opening: Opening, why: str) -> None:
         adapter = opening.adapter

@@ -261,11 +261,11 @@ async def run_adapter(
     Raises LoginRefused, or VhostfcError when a socket or a file is in the way.
     """
     notifier = notifier or Notifier.from_environment()
-    if fabric is None:
-        fabric = fabric_of(config, log=log)
     with plain():
         running = Workers.running(config.workers, log=log, poll_us=config.poll_us, cpus=config.cpus)
         async with running as workers, trio.open_nursery() as whole:
+            if fabric is None:
+                fabric = fabric_of(config, alive=workers.ping, log=log)
             ground: trio.Nursery = await whole.start(_ground)
             try:
                 async with trio.open_nursery() as nursery:

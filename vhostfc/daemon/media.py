@@ -30,7 +30,7 @@ import trio
 
 from vhostfc.errors import VhostfcError
 from vhostfc.fabric.link import MediumKind
-from vhostfc.native import LATCH_BYTES, Latch
+from vhostfc.native import LATCH_BYTES, LATCH_WORDS, Latch
 from vhostfc.scsi.task import MediumError
 
 #: Threads that may work on one medium at a time.
@@ -64,6 +64,7 @@ class Medium:
         block_size: int,
         size: int,
         read_only: bool = False,
+        latch_fd: int | None = None,
     ) -> None:
         self.kind = kind
         self.fd = fd
@@ -76,10 +77,9 @@ class Medium:
         self.latch_fd = -1
         self.latch: Latch | None = None
         self._limiter = trio.CapacityLimiter(THREADS)
+        self._inherited = latch_fd is not None
         if kind is not MediumKind.NULL:
-            self.latch_fd = os.memfd_create("vhostfc-latch", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-            os.ftruncate(self.latch_fd, LATCH_BYTES)
-            fcntl.fcntl(self.latch_fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
+            self.latch_fd = _new_latch() if latch_fd is None else latch_fd
             self.latch = Latch(self.latch_fd)
 
     def __repr__(self) -> str:
@@ -94,6 +94,25 @@ class Medium:
             if fd >= 0:
                 os.close(fd)
         self.fd = self.latch_fd = -1
+
+    def recover(self, owner: int) -> int:
+        """Free what a dead owner holds in the latch, and finish first what it was writing; how many stripes.
+
+        OSError: that cannot be done now, and nothing is freed.
+        """
+        if self.latch is None:
+            return 0
+        if self.kind is MediumKind.MEMORY and not self.read_only:
+            self.latch.redo(owner, self.fd)
+        return self.latch.recover(owner)
+
+    def settle(self) -> None:
+        """Nobody of an earlier life is left: finish what they were writing, free what they held.  Raises OSError."""
+        if self._inherited and self.latch is not None:
+            if not self.read_only:
+                self.latch.redo(0, self.fd)
+            os.pwrite(self.latch_fd, bytes(4 * LATCH_WORDS), 0)
+        self._inherited = False
 
     def reopen(self) -> int:
         """A new open file description of the same medium (never a dup: locks belong to descriptions)."""
@@ -118,6 +137,17 @@ class Medium:
             except OSError as error:
                 raise VhostfcError(f"{self.name}: cannot grow to {size} bytes: {error.strerror}") from None
         self.blocks = size // self.block_size
+
+    def pieces(self, lba: int, blocks: int) -> Iterator[tuple[int, int]]:
+        """(lba, blocks) of a range bit by bit, cut where the medium's own allocation may be: at multiples of PIECE."""
+        at_once, end = max(1, PIECE // self.block_size), lba + blocks
+        if self.latch is None:
+            yield lba, blocks  # nobody has to be waited for
+            return
+        while lba < end:
+            count = min(at_once - lba % at_once, end - lba)
+            yield lba, count
+            lba += count
 
     # ------------------------------------------------------------ what a unit's effects ask for
 
@@ -283,6 +313,13 @@ class Medium:
             raise self._failed(offset // self.block_size, error) from error
 
 
+def _new_latch() -> int:
+    fd = os.memfd_create("vhostfc-latch", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    os.ftruncate(fd, LATCH_BYTES)
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
+    return fd
+
+
 def _joined(parts: Iterable[tuple[int, int, bool]]) -> list[tuple[int, int, bool]]:
     """Neighbours of one kind are one."""
     found: list[tuple[int, int, bool]] = []
@@ -302,15 +339,21 @@ def _aligned(length: int) -> mmap.mmap:
 # ---------------------------------------------------------------- opening
 
 
-def memory(size: int, *, block_size: int, name: str, fd: int | None = None) -> Medium:
-    """A memfd of `size` bytes that nobody can shrink under a mapping; `fd` takes over one that was kept for us."""
+def memory(size: int, *, block_size: int, name: str, fd: int | None = None, latch_fd: int | None = None) -> Medium:
+    """A memfd of `size` bytes that nobody can shrink under a mapping; `fd` takes over one that was kept for us.
+
+    latch_fd: its latch, if that was kept as well: what holders have left in it is dealt with by settle().
+    """
     if fd is None:
         fd = os.memfd_create("vhostfc-unit", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         os.ftruncate(fd, size)
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
     elif os.fstat(fd).st_size < size:
         os.ftruncate(fd, size)
-    return Medium(MediumKind.MEMORY, fd, name=name, block_size=block_size, size=size)
+    if latch_fd is not None and os.fstat(latch_fd).st_size != LATCH_BYTES:
+        os.close(latch_fd)  # of another version of ours
+        latch_fd = None
+    return Medium(MediumKind.MEMORY, fd, name=name, block_size=block_size, size=size, latch_fd=latch_fd)
 
 
 def null(size: int, *, block_size: int, name: str) -> Medium:

@@ -15,6 +15,9 @@ path, and the routes that say what may be done with them (fencing).
                                         <-           ROUTE(...)            whenever the verdict changes
       ROUTE_ACK(seq)                    ->
       CLOSE(nexus)                      ->                                 after its route is closed
+      LATCH_STUCK(nexus, owner)         ->                                 another one keeps blocks for long
+                                        <-           PING(number)          to the owner
+      PONG(number)                      ->                                 when all its workers have answered
                                         <-           NOTE(text)            why the next frame rejects
 
 A ROUTE_ACK is a promise: nothing that was admitted under an older route of that nexus can touch the
@@ -48,6 +51,8 @@ class Kind(enum.IntEnum):
     CLOSE = 6
     NOTE = 7
     LATCH_STUCK = 8
+    PING = 9
+    PONG = 10
 
 
 class InFlight(enum.IntEnum):
@@ -150,7 +155,23 @@ class LatchStuck:
     owner: int
 
 
-Message = Hello | Frame | Open | Route | RouteAck | Close | Note | LatchStuck
+@dataclass(frozen=True, slots=True)
+class Ping:
+    """A sign of life is asked for: of the threads that do I/O, whatever their I/O waits for."""
+
+    kind: ClassVar[Kind] = Kind.PING
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
+class Pong:
+    """Here it is."""
+
+    kind: ClassVar[Kind] = Kind.PONG
+    number: int
+
+
+Message = Hello | Frame | Open | Route | RouteAck | Close | Note | LatchStuck | Ping | Pong
 
 _OPEN = struct.Struct("!I3s3s8s")
 _ROUTE = struct.Struct("!III32sBBBBIIQ")
@@ -172,7 +193,7 @@ def encode(message: Message) -> bytes:
             body = _ROUTE.pack(
                 r.seq, r.nexus, r.epoch, r.mask, r.in_flight, flags, r.medium, 0, r.owner, r.block_size, r.blocks
             )
-        case RouteAck(value) | Close(value):
+        case RouteAck(value) | Close(value) | Ping(value) | Pong(value):
             body = struct.pack("!I", value)
         case Note(text):
             body = _text(text)
@@ -230,6 +251,10 @@ def decode(packet: bytes) -> Message:
                 return Note(body.decode())
             case Kind.LATCH_STUCK:
                 return LatchStuck(*struct.unpack("!II", body))
+            case Kind.PING:
+                return Ping(*struct.unpack("!I", body))
+            case Kind.PONG:
+                return Pong(*struct.unpack("!I", body))
             case kind:
                 raise LinkError(f"unknown message {kind}")
     except (struct.error, ValueError) as error:

@@ -4,7 +4,8 @@ It knows who is logged in, keeps the exchanges, gathers the data of writes in bu
 is complete to a runner through two queues: `rations` for commands, `urgent` for what must not wait
 behind them (task management, aborts, lost logins).  The runner gives results back with finish().
 
-Exchanges are known by (S_ID, OX_ID): several N_Ports may share one space of identifiers.
+Exchanges are known by (S_ID, OX_ID): several N_Ports may share one space of identifiers.  An OX_ID is used
+again, so what belongs to an exchange under way has its RX_ID too: late data of an earlier one do not.
 """
 
 from __future__ import annotations
@@ -95,6 +96,11 @@ class Exchange:
     def next_seq(self) -> int:
         self.seq_id = (self.seq_id + 1) & 0xFF
         return self.seq_id
+
+    @property
+    def over(self) -> bool:
+        """It has ended, or its login has: whoever runs it may do nothing more for it."""
+        return self.state is State.ENDED or self.target.sessions.get(self.session.port_id) is not self.session
 
     @property
     def data_out(self) -> bytes:
@@ -205,7 +211,7 @@ class TargetPort:
             return self._command(frame, session)
         if frame.r_ctl == RCtl.DATA_SOLICITED and session is not None:
             exchange = session.exchanges.get(frame.ox_id)
-            if exchange is not None and exchange.state is State.DATA:
+            if exchange is not None and exchange.rx_id == frame.rx_id and exchange.state is State.DATA:
                 return self._data(frame, exchange)
         if frame.r_ctl == RCtl.DATA_SOLICITED_CONTROL and session is not None:
             session.ends.confirm(frame.ox_id)
@@ -402,7 +408,7 @@ class TargetPort:
         if session is not None and ended is not None:
             self.urgent.append(Untold(session, ended.lun, ended.sense))
             return (bls.answer(frame, bls.BaAcc(frame.ox_id, ended.rx_id), rx_id=ended.rx_id),)
-        if exchange is None or frame.from_responder:
+        if exchange is None or frame.rx_id not in {exchange.rx_id, UNASSIGNED_XID} or frame.from_responder:
             rejection = bls.BaRjt(bls.Reason.LOGICAL_ERROR, bls.Explanation.INVALID_OX_ID_RX_ID)
             return (bls.answer(frame, rejection),)
         reply = bls.answer(frame, bls.BaAcc(frame.ox_id, exchange.rx_id), rx_id=exchange.rx_id)

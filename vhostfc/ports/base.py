@@ -158,7 +158,10 @@ class TaskManagementResponse(enum.Enum):
 
 
 class InFlight(enum.Enum):
-    """What becomes of commands that were admitted under the route that ends."""
+    """What becomes of commands that were admitted under the route that ends.
+
+    ABORTED: by another initiator's doing; their status is TASK ABORTED.
+    """
 
     FINISH = "finish"
     RESET = "reset"

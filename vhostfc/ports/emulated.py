@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -61,7 +61,7 @@ class EmulatedFabric:
 
     socket_path: the fabric's link socket.  name: ours, for people.  hold_timeout: seconds for which commands
     wait for a lost target, and for which a target that left the name server keeps its units.
-    command_timeout: seconds for one command.
+    command_timeout: seconds for one command.  alive: returns when all that does I/O has answered.
     """
 
     def __init__(
@@ -73,6 +73,7 @@ class EmulatedFabric:
         command_timeout: float,
         log: structlog.typing.FilteringBoundLogger,
         make_medium: MakeMedium = native_medium,
+        alive: Callable[[], Awaitable[None]] = trio.lowlevel.checkpoint,
     ) -> None:
         self._path = socket_path
         self._name = name
@@ -80,6 +81,7 @@ class EmulatedFabric:
         self._timeout = command_timeout
         self._log = log
         self._make_medium = make_medium
+        self._alive = alive
 
     @asynccontextmanager
     async def login(self, identity: PortIdentity) -> AsyncIterator[Port]:
@@ -92,6 +94,7 @@ class EmulatedFabric:
             timeout=self._timeout,
             log=self._log.bind(wwpn=str(identity.wwpn)),
             make_medium=self._make_medium,
+            alive=self._alive,
         )
         failure: Exception | None = None
         refusal: str | None = None
@@ -130,6 +133,7 @@ class EmulatedPort:
         timeout: float,
         log: structlog.typing.FilteringBoundLogger,
         make_medium: MakeMedium,
+        alive: Callable[[], Awaitable[None]],
     ) -> None:
         self._identity = identity
         self._socket_path = socket_path
@@ -145,6 +149,7 @@ class EmulatedPort:
             make_medium=make_medium,
             log=log,
         )
+        self._alive = alive
         self._linked = False
         self._urgent: deque[bytes] = deque()
         self._frames: deque[bytes] = deque()
@@ -271,7 +276,10 @@ class EmulatedPort:
                 try:
                     while True:
                         message, fds = await sock.receive()
-                        self._take(message, fds)
+                        if isinstance(message, link.Ping):
+                            nursery.start_soon(self._pong, message.number)
+                        else:
+                            self._take(message, fds)
                 except LinkLost as error:
                     broken = error
                 nursery.cancel_scope.cancel()
@@ -294,6 +302,10 @@ class EmulatedPort:
                 self._to_send = trio.Event()
         except LinkLost:
             scope.cancel()  # the reader may have nothing to read that tells it so
+
+    async def _pong(self, number: int) -> None:
+        await self._alive()
+        self._post(link.Pong(number))
 
     async def _keep_time(self) -> None:
         while True:

@@ -88,6 +88,13 @@ class UnitAttentions:
         queue = self._pending.get(nexus)
         return Sense(SenseKey.UNIT_ATTENTION, queue.pop(0)) if queue else None
 
+    def restore(self, nexus: Nexus, asc: Asc) -> None:
+        """It was taken, and has not reached the initiator: pending again, and the first among its equals."""
+        queue = self._pending.get(nexus)
+        if queue is not None and asc not in queue:
+            queue.insert(0, asc)
+            queue.sort(key=lambda one: _PRECEDENCE.get(one, _OTHERS))
+
     def clear(self, nexus: Nexus, asc: Asc) -> None:
         """Forget a condition that the initiator has learned of in another way."""
         if asc in (queue := self._pending.get(nexus, [])):

@@ -58,7 +58,8 @@ class DeviceServer(Protocol):
 
 def check_condition(sense: Sense, *, descriptor: bool = False) -> ScsiResult:
     """CHECK CONDITION with this sense, in descriptor or fixed format."""
-    return ScsiResult(Status.CHECK_CONDITION, sense.encode(descriptor=descriptor))
+    attention = sense.asc if sense.key is SenseKey.UNIT_ATTENTION else None
+    return ScsiResult(Status.CHECK_CONDITION, sense.encode(descriptor=descriptor), attention=attention)
 
 
 def answer_report_luns(inventory: Inventory, task: Task) -> bytes:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from vhostfc.scsi.reservations import State
+    from vhostfc.scsi.sense import Asc
     from vhostfc.scsi.unit import LogicalUnit
 
 
@@ -88,11 +89,16 @@ class Status(enum.IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class ScsiResult:
-    """Status, sense data and data-in; the caller cuts data_in to what there is room for and counts the residual."""
+    """Status, sense data and data-in; the caller cuts data_in to what there is room for and counts the residual.
+
+    attention: the unit attention condition that it tells of, which is not pending any more.  A caller that
+    cannot deliver the result gives it back to the unit (unit.not_told).
+    """
 
     status: int = Status.GOOD
     sense: bytes = b""
     data_in: bytes = b""
+    attention: Asc | None = None
 
 
 # ---------------------------------------------------------------- effects: what a unit asks of its runner

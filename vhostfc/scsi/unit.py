@@ -114,6 +114,10 @@ class LogicalUnit:
         """Make a unit attention condition pending, once, for these nexuses (None: all) except one."""
         self.attentions.establish(asc, nexuses, but)
 
+    def not_told(self, nexus: Nexus, asc: Asc) -> None:
+        """The result with this unit attention condition did not reach the initiator: it is pending again."""
+        self.attentions.restore(nexus, asc)
+
     def resize(self, blocks: int) -> None:
         """The capacity is another: CAPACITY DATA HAS CHANGED for all."""
         if blocks < 1:
@@ -169,8 +173,8 @@ class LogicalUnit:
             case TaskManagement.ABORT_TASK_SET:
                 yield AbortTasks(frozenset((nexus,)))
             case TaskManagement.CLEAR_TASK_SET:
+                # Others are told with TASK ABORTED, since TAS is set; a unit attention as well is for TAS 0 (SAM-5).
                 yield AbortTasks(self.attentions.nexuses | {nexus})
-                self.attention(Asc.COMMANDS_CLEARED_BY_ANOTHER_INITIATOR, but=nexus)
             case TaskManagement.LOGICAL_UNIT_RESET:
                 yield AbortTasks(self.attentions.nexuses | {nexus}, reset=True)
                 self.mode.reset()
@@ -256,6 +260,7 @@ class LogicalUnit:
         """The commands that do not touch the medium; two of them write the cache back."""
         cdb = task.cdb
         data = b""
+        told: Asc | None = None
         match command:
             case fields.TEST_UNIT_READY:
                 pass
@@ -264,7 +269,9 @@ class LogicalUnit:
             case fields.REPORT_LUNS:
                 data = answer_report_luns(self._inventory, task)
             case fields.REQUEST_SENSE:
-                sense = self.attentions.take(task.nexus) or self.sanitizing.sense or NO_SENSE
+                attention = self.attentions.take(task.nexus)
+                told = attention.asc if attention is not None else None
+                sense = attention or self.sanitizing.sense or NO_SENSE
                 data = sense.encode(descriptor=bool(cdb[1] & 0x01))[: cdb[4]]
             case fields.READ_CAPACITY_10:
                 if not cdb[8] & 0x01 and fields.number(cdb, 2, 5):
@@ -299,7 +306,7 @@ class LogicalUnit:
                 _check_diagnostic(cdb)
             case _:
                 raise AssertionError(f"{command.name} is in the table and has nobody who runs it")
-        return ScsiResult(data_in=data)
+        return ScsiResult(data_in=data, attention=told)
 
     def _inquiry(self, task: Task) -> bytes:
         page = inquiry_page(task.cdb)
