@@ -4,6 +4,8 @@
  *
  * A word is all there is: no queue, no waiter count, nothing that a process killed at any instruction could leave
  * half done.  Whoever dies leaves its number; the fabric, once that process and its I/O are gone, writes 0 over it.
+ *
+ * Behind the words lies the count of losses, which has nothing to do with them but that all who have the medium have it.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -13,6 +15,10 @@
 #include <sys/stat.h>
 
 #include "latch.h"
+
+#define LOSS (1ull << 32)	/* one more of them; below it are doubts */
+
+_Static_assert(VFC_LATCH_WORDS * sizeof(uint32_t) + sizeof(uint64_t) <= VFC_LATCH_BYTES, "the memfd has room for both");
 
 int vfc_latch_open(int fd, struct vfc_latch **ret_latch)
 {
@@ -33,6 +39,7 @@ int vfc_latch_open(int fd, struct vfc_latch **ret_latch)
 		free(latch);
 		return error;
 	}
+	latch->losses = (_Atomic uint64_t *)(void *)(latch->words + LATCH_WORDS);
 	*ret_latch = latch;
 	return 0;
 }
@@ -94,4 +101,25 @@ int vfc_latch_recover(struct vfc_latch *latch, uint32_t owner)
 			freed++;
 	}
 	return freed;
+}
+
+uint64_t vfc_latch_losses(const struct vfc_latch *latch)
+{
+	return atomic_load(latch->losses);
+}
+
+uint64_t vfc_latch_lost(struct vfc_latch *latch, uint64_t known)
+{
+	uint64_t count = atomic_load(latch->losses), next;
+
+	/* Where others have counted one since, it is most likely the same: that is for the fabric to find out. */
+	do
+		next = count + (count / LOSS == known / LOSS ? LOSS : 1);
+	while (!atomic_compare_exchange_weak(latch->losses, &count, next));
+	return next;
+}
+
+uint64_t vfc_latch_doubt(struct vfc_latch *latch)
+{
+	return atomic_fetch_add(latch->losses, 1) + 1;
 }

@@ -9,10 +9,11 @@
 
 #include "vhostfc.h"
 
-#define LATCH_WORDS (VFC_LATCH_BYTES / sizeof(uint32_t))
+#define LATCH_WORDS ((uint64_t)VFC_LATCH_WORDS)
 
 struct vfc_latch {
 	_Atomic uint32_t *words;
+	_Atomic uint64_t *losses;	/* behind them */
 };
 
 /* The stripe of this byte of the medium.  False, and who has it, when it is taken. */

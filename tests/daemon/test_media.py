@@ -19,7 +19,7 @@ from vhostfc.daemon.fabric_latch import OWNER, Holding
 from vhostfc.daemon.media import Medium
 from vhostfc.errors import VhostfcError
 from vhostfc.fabric.link import MediumKind
-from vhostfc.native import LATCH_BYTES, LATCH_STRIPE
+from vhostfc.native import LATCH_STRIPE, LATCH_WORDS
 from vhostfc.scsi.task import MediumError
 
 SIZE = 4 << 20
@@ -295,7 +295,7 @@ async def test_what_is_held_already_is_not_taken_again_and_release_gives_back_th
 
 
 async def test_a_range_larger_than_the_table_is_the_whole_table() -> None:
-    size = 2 * LATCH_BYTES // 4 * LATCH_STRIPE
+    size = 2 * LATCH_WORDS * LATCH_STRIPE
     medium = media.memory(size, block_size=512, name="m")
     assert medium.latch is not None
     with Holding(medium) as holding:

@@ -73,7 +73,7 @@ TEST(latches_by_stripe)
 	/* Words are shared modulo the table, and a range beyond it takes each once. */
 	CHECK_EQUAL(vfc_latch_take(latch, 8, 1ull << 40, 1ull << 40, NULL), 0);
 	CHECK_EQUAL(vfc_latch_take(latch, 9, 0, 1, NULL), -EAGAIN);
-	CHECK_EQUAL(vfc_latch_recover(latch, 8), VFC_LATCH_BYTES / 4);
+	CHECK_EQUAL(vfc_latch_recover(latch, 8), VFC_LATCH_WORDS);
 	vfc_latch_put(latch);
 	unit_close(&unit);
 }

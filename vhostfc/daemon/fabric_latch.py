@@ -11,14 +11,12 @@ from collections.abc import Callable
 import trio
 
 from vhostfc.daemon.media import Medium
-from vhostfc.native import LATCH_BYTES, LATCH_STRIPE, Latch
+from vhostfc.native import LATCH_STRIPE, LATCH_WORDS, Latch
 
 #: The fabric's own number in every latch.
 OWNER = 1
 #: The first pause and the longest, in seconds; after STUCK we ask after the holder.
 PAUSE, PAUSE_MAX, STUCK = 0.0002, 0.01, 1.0
-
-_WORDS = LATCH_BYTES // 4
 
 
 class Holding:
@@ -64,9 +62,9 @@ class Holding:
             return [(offset, length)]
         end, runs, have = offset + length, list[tuple[int, int]](), set(self._words)
         for stripe in range(offset // LATCH_STRIPE, -(-end // LATCH_STRIPE)):
-            if stripe % _WORDS in have:
+            if stripe % LATCH_WORDS in have:
                 continue
-            have.add(stripe % _WORDS)
+            have.add(stripe % LATCH_WORDS)
             first, last = max(offset, stripe * LATCH_STRIPE), min(end, (stripe + 1) * LATCH_STRIPE)
             if runs and sum(runs[-1]) == first:
                 runs[-1] = (runs[-1][0], last - runs[-1][0])
@@ -97,4 +95,4 @@ class Holding:
 
 def _words(offset: int, length: int) -> set[int]:
     first, last = offset // LATCH_STRIPE, (offset + length - 1) // LATCH_STRIPE
-    return {stripe % _WORDS for stripe in range(first, min(last, first + _WORDS - 1) + 1)}
+    return {stripe % LATCH_WORDS for stripe in range(first, min(last, first + LATCH_WORDS - 1) + 1)}

@@ -294,6 +294,7 @@ class Runner:
             server, running.served = self._resolve(exchange)
             if running.served is not None:
                 running.epoch = running.served.epoch
+                running.served.losses.known(running.nexus)
             result = await self._drive(server.execute(task), running.served, running, running.nexus)
             if result is not None:
                 break
@@ -366,7 +367,10 @@ class Runner:
             case Flush():
                 # With a write cache that is being turned off, no adapter may write behind the flush.
                 await served.barrier()
-                await medium.flush()
+                if running is None:
+                    await medium.flush()
+                else:
+                    await served.losses.sync(nexus, 0, medium.flush)
                 return None
             case Extents(lba, blocks):
                 return await medium.extents(lba, blocks)
@@ -398,6 +402,8 @@ class Runner:
                 write = partial(medium.write, lba, data, fua=fua)
                 if atomic:
                     write = partial(served.write_atomically, lba, data)
+                if fua:
+                    write = partial(served.losses.sync, nexus, lba, write)
             case Fill(lba, blocks, block, unmap):
                 await holding.take(lba, blocks)
                 write = partial(medium.fill, lba, blocks, block, unmap=unmap)

@@ -24,6 +24,7 @@ from vhostfc.config import TargetConfig, UnitConfig
 from vhostfc.daemon import fabric_locks, media
 from vhostfc.daemon.fabric_journal import Journal
 from vhostfc.daemon.fabric_kept import KeptReservations
+from vhostfc.daemon.fabric_losses import Losses
 from vhostfc.daemon.fencing import Fence, Numbers, Opening
 from vhostfc.daemon.media import Medium
 from vhostfc.daemon.notify import Notifier, PassedFd
@@ -106,7 +107,7 @@ class Served:
     that want to be alone.  epoch: grows with every command that may have changed who may do what.
     keep, keep_note: make reservations and notes outlive us, False if that cannot be.  journal: for WRITE ATOMIC.
     turn: for commands that go one by one.
-    faults: what commands meet here; nobody does I/O past us while there are some.
+    faults: what commands meet here; nobody does I/O past us while there are some.  losses: of the host's cache.
     """
 
     def __init__(
@@ -127,6 +128,7 @@ class Served:
         self.keep_note = keep_note
         self.journal = journal
         self.faults = UnitFaults()
+        self.losses = Losses(medium)
         self.turn = trio.Lock()
         self._journaling = trio.Lock()
         self.ready = False

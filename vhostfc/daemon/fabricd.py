@@ -318,7 +318,7 @@ class Fabric:
             return Verdict(gone=True)
         unit = served.unit
         mask = bytes(32) if served.ordered or served.faults else unit.verdict(session.nexus)
-        return Verdict(mask, unit.mode.write_protected, unit.blocks)
+        return Verdict(mask, unit.mode.write_protected, unit.blocks, losses=served.losses.known(session.nexus))
 
     # ------------------------------------------------------------ configuration
 
