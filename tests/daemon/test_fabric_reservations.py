@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import struct
 from pathlib import Path
 
 import pytest
@@ -208,3 +210,93 @@ async def test_status_shows_them(tmp_path: Path) -> None:
             ],
             "reserved_by": None,
         }
+
+
+# ---------------------------------------------------------------- a command of many steps, and others' commands between
+
+BIG = '[[target.unit]]\nlun = 0\nsize = "16MiB"\n'
+#: Blocks that are moved up by one: pieces of 1 MiB, each of which overlaps the next.
+SHIFTED = 10_000
+
+
+def shift_by_one(naa: bytes) -> tuple[bytes, bytes]:
+    """EXTENDED COPY of blocks 0 to SHIFTED onto 1 and the following: CDB and parameter list."""
+    cscd = bytes([0xE4, 0, 0, 0, 1, 3, 0, 16]) + naa.ljust(21, b"\0") + (512).to_bytes(3, "big")
+    segment = struct.pack("!BBHHHHHQQ", 2, 0, 0x18, 0, 0, 0, SHIFTED, 0, 1)
+    data = bytes([1, 0]) + struct.pack("!HIII", len(cscd), 0, len(segment), 0) + cscd + segment
+    return bytes([0x83, *bytes(9), *len(data).to_bytes(4, "big"), 0, 0]), data
+
+
+def numbered(first: int, blocks: int) -> bytes:
+    return b"".join(i.to_bytes(4, "big") * 128 for i in range(first, first + blocks))
+
+
+class Copy:
+    """A copy of member `one` under way; a block in its way is held, so that it stops after its first pieces."""
+
+    def __init__(self, san: Fabric, one: LinkAdapter, nursery: trio.Nursery) -> None:
+        (self.served,) = san._served.values()
+        self.ended: list[CommandResult] = []
+        self._one = one
+        self._nursery = nursery
+
+    async def begin(self, held: int) -> None:
+        os.pwrite(self.served.medium.fd, numbered(0, SHIFTED + 1), 0)
+        assert self.served.medium.latch is not None
+        assert self.served.medium.latch.take(SOMEBODY, held * 512, 512) is None
+        self._nursery.start_soon(self._run)
+        with trio.fail_after(10):
+            while os.pread(self.served.medium.fd, 4, SHIFTED * 512) == numbered(SHIFTED, 1)[:4]:
+                await trio.sleep(0.001)
+
+    async def _run(self) -> None:
+        cdb, data = shift_by_one(self.served.unit.identity.naa[0])
+        self.ended.append(await self._one.command(cdb, data_out=data))
+
+    async def end(self) -> CommandResult:
+        assert self.served.medium.latch is not None
+        self.served.medium.latch.recover(SOMEBODY)
+        await self._one.until(lambda: self.ended)
+        return self.ended[0]
+
+    def medium(self) -> bytes:
+        return os.pread(self.served.medium.fd, (SHIFTED + 1) * 512, 0)
+
+
+async def test_a_copy_is_not_done_twice_because_others_send_commands(tmp_path: Path) -> None:
+    async with fabric(tmp_path, TARGET + BIG) as (san, nursery):
+        one, two = await members(nursery, tmp_path)
+        three = await join(nursery, tmp_path, 3)
+        await three.command(bytes(6))
+        copy = Copy(san, one, nursery)
+        await copy.begin(held=4000)
+        epoch = copy.served.epoch
+        assert await out(three, RESERVE, 99, kind=WE) == CONFLICT
+        assert await out(two, RESERVE, 2, kind=WE) == CONFLICT
+        assert copy.served.epoch == epoch, "nothing has changed"
+        assert await out(three, REGISTER, 0, 3) == GOOD
+        assert copy.served.epoch > epoch
+        assert (await copy.end()).status == GOOD
+        assert copy.medium() == numbered(0, 1) + numbered(0, SHIFTED)
+
+
+async def test_a_copy_goes_on_under_a_unit_attention_that_came_later(tmp_path: Path) -> None:
+    async with fabric(tmp_path, TARGET + BIG) as (san, nursery):
+        one, two = await members(nursery, tmp_path)
+        copy = Copy(san, one, nursery)
+        await copy.begin(held=4000)
+        assert await out(two, CLEAR, 2) == GOOD
+        assert (await copy.end()).status == GOOD
+        assert copy.medium() == numbered(0, 1) + numbered(0, SHIFTED)
+        assert (await one.command(bytes(6))).sense[12:14] == bytes.fromhex("2a03")
+
+
+async def test_a_copy_that_has_lost_its_right_ends_where_it_is(tmp_path: Path) -> None:
+    async with fabric(tmp_path, TARGET + BIG) as (san, nursery):
+        one, two = await members(nursery, tmp_path)
+        copy = Copy(san, one, nursery)
+        await copy.begin(held=4000)
+        assert await out(two, PREEMPT, 2, 1, WERO) == GOOD
+        before = copy.medium()
+        assert (await copy.end()).status == CONFLICT
+        assert copy.medium() == before

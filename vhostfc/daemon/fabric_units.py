@@ -104,7 +104,7 @@ class Served:
     """See the head of the file.
 
     ready: nobody of an earlier life has the medium open, so it can be given out.  ordered: ORDERED tasks
-    that want to be alone.  epoch: grows with every command that may have changed who may do what.
+    that want to be alone.  epoch: grows whenever it has changed who may do what.
     keep, keep_note: make reservations and notes outlive us, False if that cannot be.  journal: for WRITE ATOMIC.
     turn: for commands that go one by one.
     faults: what commands meet here; nobody does I/O past us while there are some.  losses: of the host's cache.
@@ -135,6 +135,7 @@ class Served:
         self.claiming = trio.CancelScope()
         self.ordered = 0
         self.epoch = 0
+        self._version = unit.version
         self._operations: set[trio.Event] = set()
         self._draining: set[trio.Event] = set()
         self._told: dict[Nexus, bytes] = {}
@@ -206,6 +207,8 @@ class Served:
         epoch: what came before may not be right any more, whatever the verdicts say.  ending: nexuses whose
         commands in the adapters shall end.
         """
+        epoch |= self.unit.version != self._version
+        self._version = self.unit.version
         narrowed = self.fence.settle(ending) or epoch
         self.epoch += epoch
         for nexus, before in list(self._told.items()):

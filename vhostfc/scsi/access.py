@@ -89,11 +89,33 @@ def _always(command: Command, cdb: bytes) -> bool:
 
 
 class Reservations:
-    """The reservations of one unit.  state: the persistent ones; reserved: the nexus that has sent RESERVE."""
+    """The reservations of one unit.  state: the persistent ones; reserved: the nexus that has sent RESERVE.
+
+    version: grows with every change of these; no earlier state has the same one.
+    """
 
     def __init__(self) -> None:
-        self.state = State()
-        self.reserved: Nexus | None = None
+        self.version = 0
+        self._state = State()
+        self._reserved: Nexus | None = None
+
+    @property
+    def state(self) -> State:
+        return self._state
+
+    @state.setter
+    def state(self, state: State) -> None:
+        self.version += state != self._state
+        self._state = state
+
+    @property
+    def reserved(self) -> Nexus | None:
+        return self._reserved
+
+    @reserved.setter
+    def reserved(self, nexus: Nexus | None) -> None:
+        self.version += nexus != self._reserved
+        self._reserved = nexus
 
     def right(self, nexus: Nexus) -> Right:
         """What a nexus may do with the medium now."""
