@@ -226,6 +226,39 @@ async def test_one_that_a_crash_cut_short_is_undone(tmp_path: Path) -> None:
         assert path.stat().st_size == 0
 
 
+async def test_of_two_each_has_its_record_while_it_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with fabric(tmp_path, file_unit(tmp_path)) as (san, nursery):
+        one, two = await started(nursery, tmp_path, 1, 2)
+        (served,) = san._served.values()
+        whole = media.Medium.write
+        records: list[tuple[int, object]] = []
+
+        async def slowly(self: media.Medium, lba: int, data: bytes, *, fua: bool = False) -> None:
+            await trio.sleep(0.1)  # the other one has begun meanwhile
+            record = served.journal.load()
+            records.append((lba, record and record[0]))
+            await whole(self, lba, data, fua=fua)
+
+        monkeypatch.setattr(media.Medium, "write", slowly)
+        done: list[int] = []
+
+        async def write(member: LinkAdapter, lba: int) -> None:
+            done.append((await member.command(atomic(lba, 1), data_out=A)).status)
+
+        nursery.start_soon(write, one, 3)
+        nursery.start_soon(write, two, 1003)
+        await one.until(lambda: len(done) == 2)
+        assert done == [GOOD, GOOD]
+        assert sorted(records) == [(3, 3), (1003, 1003)]
+
+
+def test_a_record_is_found_where_half_of_a_longer_one_was(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "x.atomic")
+    journal.path.write_bytes(bytes(100_000))
+    journal.write(7, 512, A)
+    assert journal.load() == (7, 512, A)
+
+
 def test_half_a_record_is_none(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "x.atomic")
     assert journal.load() is None

@@ -20,7 +20,7 @@ _DIGEST = 32
 
 
 class Journal:
-    """The file of one unit.  Methods raise OSError; they take time, so call them in a thread."""
+    """The file of one unit, with room for one write.  Methods raise OSError; they take time: call them in a thread."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -32,6 +32,7 @@ class Journal:
         body = _HEAD.pack(lba, block_size, len(data)) + data
         fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
+            os.ftruncate(fd, 0)  # a longer one that was not written whole would hide this one
             with open(fd, "wb", closefd=False) as stream:
                 stream.write(hashlib.sha256(body).digest() + body)
             os.fsync(fd)
