@@ -50,6 +50,9 @@ class Journal:
                 os.fsync(fd)
             finally:
                 os.close(fd)
+        except FileNotFoundError:  # never made; or removed, and who knows whether for good
+            if self.path.parent.exists():
+                _sync_directory(self.path.parent)
         except OSError:  # a record that stayed would undo what is written later
             self.path.unlink()
             _sync_directory(self.path.parent)

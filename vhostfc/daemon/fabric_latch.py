@@ -83,6 +83,12 @@ class Holding:
         self._taken.append((offset, length))
         self._words |= _words(offset, length)
 
+    def hand_over(self) -> Holding:
+        """All of it, held by somebody else from now on."""
+        other = Holding(self._medium, self._stuck)
+        other._taken, other._words, self._taken, self._words = self._taken, self._words, [], set()
+        return other
+
     def release(self, *, to: int = 0) -> None:
         """Free all, or what was taken since mark() said `to`."""
         latch = self._medium.latch

@@ -400,7 +400,7 @@ class Runner:
                 fua = fua or not served.unit.mode.write_cache  # it may have been switched off meanwhile
                 write = partial(medium.write, lba, data, fua=fua)
                 if atomic:
-                    write = partial(served.write_atomically, lba, data)
+                    write = partial(served.write_atomically, lba, data, holding)
                 if fua:
                     write = partial(served.losses.sync, nexus, lba, write)
             case Fill(lba, blocks, block, unmap):

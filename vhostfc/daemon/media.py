@@ -138,10 +138,21 @@ class Medium:
         if self.kind is not MediumKind.NULL:
             await self._run(len(data), lambda: self._write(lba, data, fua))
 
-    def restore(self, lba: int, data: bytes) -> None:
-        """Write at once, before anybody is served.  Raises MediumError."""
-        if self.kind is not MediumKind.NULL and (lba + len(data) // self.block_size) <= self.blocks:
-            self._write(lba, data, fua=True)
+    def restore(self, offset: int, data: bytes) -> None:
+        """Write at once, before anybody is served; bytes, since the blocks may have been other ones.  Raises OSError.
+
+        By a description without O_DIRECT, which takes whole device blocks only.
+        """
+        if self.kind is MediumKind.NULL or offset + len(data) > self.blocks * self.block_size:
+            return
+        fd = os.open(f"/proc/self/fd/{self.fd}", os.O_RDWR | os.O_CLOEXEC)
+        try:
+            done = 0
+            while done < len(data):
+                done += os.pwrite(fd, data[done:], offset + done)
+            os.fsync(fd)
+        finally:
+            os.close(fd)
 
     async def fill(self, lba: int, blocks: int, block: bytes, *, unmap: bool = False) -> None:
         """unmap, with a block of zeros: the medium may drop the blocks, and they read as zeros."""
