@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
+import stat
 import struct
 from pathlib import Path
 
@@ -14,6 +16,7 @@ import trio
 from tests.daemon.linkadapter import LinkAdapter, read_10, write_10, wwpn
 from tests.daemon.test_fabricd import TARGET, UNIT, config, fabric, join
 from vhostfc.daemon.fabricd import Fabric
+from vhostfc.daemon.stable import make_directory
 from vhostfc.fc.fcp import TmFlag
 from vhostfc.fc.initiator import CommandResult
 from vhostfc.native import Latch
@@ -300,3 +303,93 @@ async def test_a_copy_that_has_lost_its_right_ends_where_it_is(tmp_path: Path) -
         before = copy.medium()
         assert (await copy.end()).status == CONFLICT
         assert copy.medium() == before
+
+
+# ---------------------------------------------------------------- what cannot be kept
+
+DISK = '[[target.unit]]\nlun = 0\nfile = "{}/disk"\nsize = "1MiB"\n'
+
+
+class Directories:
+    """fsync of directories fails; of the files in them it does not.  synced: of which it did not fail."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.fail = False
+        self.synced: list[str] = []
+        self._fsync = os.fsync
+        monkeypatch.setattr(os, "fsync", self)
+
+    def __call__(self, fd: int) -> None:
+        if stat.S_ISDIR(os.fstat(fd).st_mode):
+            if self.fail:
+                raise OSError(errno.EIO, "Input/output error")
+            self.synced.append(os.readlink(f"/proc/self/fd/{fd}"))
+        self._fsync(fd)
+
+
+async def test_what_was_refused_is_not_in_force_after_a_restart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = TARGET + DISK.format(tmp_path)
+    directories = Directories(monkeypatch)
+    async with fabric(tmp_path, text) as (_, nursery):
+        one = await join(nursery, tmp_path, 1)
+        await one.command(bytes(6))
+        directories.fail = True
+        assert await out(one, REGISTER, 0, 7, aptpl=True) == CHECK_CONDITION
+        directories.fail = False
+        assert await keys(one) == {}
+    async with fabric(tmp_path, text) as (_, nursery):
+        one = await join(nursery, tmp_path, 1)
+        await one.command(bytes(6))
+        assert await keys(one) == {}
+        assert await out(one, REGISTER, 0, 1, aptpl=True) == GOOD
+        directories.fail = True
+        assert await out(one, CLEAR, 1) == CHECK_CONDITION
+        directories.fail = False
+        assert await keys(one) == {str(wwpn(1)): 1}
+    async with fabric(tmp_path, text) as (_, nursery):
+        one = await join(nursery, tmp_path, 1)
+        await one.command(bytes(6))
+        assert await keys(one) == {str(wwpn(1)): 1}
+
+
+async def test_what_may_not_be_kept_is_written_again_by_the_next_that_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = TARGET + DISK.format(tmp_path)
+    directories = Directories(monkeypatch)
+    async with fabric(tmp_path, text) as (san, nursery):
+        one = await join(nursery, tmp_path, 1)
+        await one.command(bytes(6))
+        assert await out(one, REGISTER, 0, 1, aptpl=True) == GOOD
+        directories.fail = True
+        assert await out(one, RESERVE, 1, kind=WE) == CHECK_CONDITION
+        (served,) = san._served.values()
+        assert served.unit.reservations.in_doubt
+        assert await out(one, IGNORE, 0, 1, aptpl=True) == CHECK_CONDITION, "GOOD would say that it is kept"
+        (path,) = (tmp_path / "state").rglob("*.json")
+        path.write_bytes(b"what else may be there")
+        directories.fail = False
+        assert await out(one, IGNORE, 0, 1, aptpl=True) == GOOD
+        assert not served.unit.reservations.in_doubt
+    async with fabric(tmp_path, text) as (_, nursery):
+        one = await join(nursery, tmp_path, 1)
+        await one.command(bytes(6))
+        assert await keys(one) == {str(wwpn(1)): 1}
+
+
+def test_a_directory_that_is_made_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    directories = Directories(monkeypatch)
+    make_directory(tmp_path / "a" / "b" / "c")
+    assert directories.synced == [str(tmp_path), str(tmp_path / "a"), str(tmp_path / "a" / "b")]
+    assert stat.S_IMODE((tmp_path / "a" / "b").stat().st_mode) == 0o700
+    make_directory(tmp_path / "a" / "b")
+    assert len(directories.synced) == 3
+    directories.fail = True
+    with pytest.raises(OSError, match="error"):
+        make_directory(tmp_path / "d")
+    assert not (tmp_path / "d").exists(), "or the next one would take it for one that stays"
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="File exists"):
+        make_directory(tmp_path / "file" / "x")

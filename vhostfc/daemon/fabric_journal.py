@@ -14,6 +14,8 @@ import os
 import struct
 from pathlib import Path
 
+from vhostfc.daemon.stable import make_directory, sync_directory
+
 #: LBA, bytes of a block, bytes of data, and SHA-256 of all that: half a record is none.
 _HEAD = struct.Struct("!QII")
 _DIGEST = 32
@@ -28,7 +30,7 @@ class Journal:
     def write(self, lba: int, block_size: int, data: bytes) -> None:
         """When this returns, load() finds it after a crash."""
         new = not self.path.exists()
-        self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_directory(self.path.parent)
         body = _HEAD.pack(lba, block_size, len(data)) + data
         fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
@@ -39,7 +41,7 @@ class Journal:
         finally:
             os.close(fd)
         if new:
-            _sync_directory(self.path.parent)
+            sync_directory(self.path.parent)
 
     def clear(self) -> None:
         """When this returns, load() finds nothing."""
@@ -52,10 +54,10 @@ class Journal:
                 os.close(fd)
         except FileNotFoundError:  # never made; or removed, and who knows whether for good
             if self.path.parent.exists():
-                _sync_directory(self.path.parent)
+                sync_directory(self.path.parent)
         except OSError:  # a record that stayed would undo what is written later
             self.path.unlink()
-            _sync_directory(self.path.parent)
+            sync_directory(self.path.parent)
 
     def load(self) -> tuple[int, int, bytes] | None:
         """(LBA, bytes of a block, data) of a write that was cut short; None: of none.
@@ -71,11 +73,3 @@ class Journal:
             return None
         lba, block_size, length = _HEAD.unpack_from(body)
         return (lba, block_size, body[_HEAD.size :]) if length == len(body) - _HEAD.size else None
-
-
-def _sync_directory(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
