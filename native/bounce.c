@@ -233,11 +233,6 @@ bool bounce_step(struct bounce *bounce, ssize_t result)
 	}
 	if (bounce->op == VFC_OP_FLUSH)
 		return true;
-	if (!result && bounce->op == VFC_OP_READ) {
-		memset(bounce->data + bounce->done, 0, left);
-		bounce->done = bounce->length;
-		return true;
-	}
 	/* Direct I/O goes on where a block begins. */
 	if ((size_t)result < left && bounce->medium->kind == VFC_MEDIUM_DIRECT)
 		result -= result % bounce->medium->block_size;
