@@ -13,6 +13,7 @@ from tests.daemon.linkadapter import LinkAdapter, write_10
 from tests.daemon.test_fabric_reservations import may
 from tests.daemon.test_fabric_sanitize import file_unit, started
 from tests.daemon.test_fabricd import fabric
+from tests.scsi.test_extended_copy import cdb, cscd, parameters, segment
 from vhostfc.daemon import media
 from vhostfc.daemon.media import NotSynced
 from vhostfc.fabric.link import Route
@@ -44,8 +45,8 @@ def disk(monkeypatch: pytest.MonkeyPatch) -> Disk:
     return one
 
 
-async def ended(one: LinkAdapter, cdb: bytes, data: bytes = b"") -> tuple[int, int, bytes]:
-    result = await one.command(cdb, data_out=data)
+async def ended(one: LinkAdapter, command: bytes, data: bytes = b"") -> tuple[int, int, bytes]:
+    result = await one.command(command, data_out=data)
     return (result.status, result.sense[2], result.sense[12:14]) if result.sense else (result.status, 0, b"")
 
 
@@ -152,6 +153,26 @@ async def test_a_loss_that_an_adapter_has_counted_is_the_same_that_the_fabric_fi
             for member in (one, two, three):
                 assert await ended(member, SYNC) == GOOD
             await one.until(lambda: route_of(one).losses == route_of(two).losses == latch.losses())
+
+
+async def test_a_copy_to_another_unit_hears_of_what_that_one_lost(tmp_path: Path, disk: Disk) -> None:
+    text = file_unit(tmp_path) + f'[[target.unit]]\nlun = 1\nfile = "{tmp_path}/other"\nsize = "1MiB"\n'
+    async with fabric(tmp_path, text) as (san, nursery):
+        one, two = await started(nursery, tmp_path, 1, 2)
+        for member in (one, two):
+            await member.command(bytes(6), lun=1)
+        page = (await one.command(bytes([0x1A, 0x08, 0x08, 0, 255, 0]), data_in=255, lun=1)).data_in[4:]
+        uncached = bytes(4) + page[:2] + bytes([page[2] & ~0x04]) + page[3:]
+        select = bytes([0x15, 0x10, 0, 0, len(uncached), 0])
+        assert (await one.command(select, data_out=uncached, lun=1)).status == 0
+        await two.command(bytes(6), lun=1)
+        names = [served.unit.identity.naa[0] for served in san._served.values()]
+        data = parameters([cscd(name) for name in names], [segment(0, 1, 8, 0, 0)])
+        disk.error = errno.EIO
+        assert (await one.command(cdb(data), data_out=data)).status == 2
+        assert (await one.command(SYNC, lun=1)).status == 0, "it has heard of it"
+        assert (await two.command(SYNC, lun=1)).sense[2] == 3
+        assert (await two.command(SYNC, lun=0)).status == 0
 
 
 async def test_a_doubt_is_cleared_up_without_an_error(tmp_path: Path, disk: Disk) -> None:

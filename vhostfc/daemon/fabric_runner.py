@@ -435,7 +435,9 @@ class Runner:
             if served.faults and running is not None:
                 _touch(effect, served, running)
             if isinstance(effect, Write):
-                await served.medium.write(effect.lba, effect.data, fua=effect.fua)
+                fua = effect.fua or not unit.mode.write_cache
+                work = partial(served.medium.write, effect.lba, effect.data, fua=fua)
+                await (served.losses.sync(nexus, effect.lba, work) if fua else work())
                 return None
             return await served.medium.read(effect.lba, blocks, fua=effect.fua)
 
