@@ -206,6 +206,20 @@ enum vfc_submit bounce_begin(struct bounce_pool *pool, struct vfc_cmd *cmd, stru
 	return VFC_QUEUED;
 }
 
+/*
+ * The kernel says only once that it lost something, and it may have said so just now: even where nobody waits for this
+ * command any more, others have to hear of it.
+ */
+static void count_loss(const struct bounce *bounce)
+{
+	if (bounce->error == -ECANCELED || (bounce->op != VFC_OP_FLUSH && !bounce->fua))
+		return;
+	if (bounce->fua || bounce->error == -EINTR || bounce->error == -EAGAIN)
+		vfc_latch_doubt(bounce->medium->latch);
+	else
+		vfc_latch_lost(bounce->medium->latch, bounce->medium->losses);
+}
+
 bool bounce_step(struct bounce *bounce, ssize_t result)
 {
 	size_t left = bounce->length - bounce->done;
@@ -214,15 +228,11 @@ bool bounce_step(struct bounce *bounce, ssize_t result)
 		return false;
 	if (result < 0) {
 		bounce->error = (int)result;
+		count_loss(bounce);
 		return true;
 	}
 	if (bounce->op == VFC_OP_FLUSH)
 		return true;
-	if (!result && bounce->op == VFC_OP_READ) {
-		memset(bounce->data + bounce->done, 0, left);
-		bounce->done = bounce->length;
-		return true;
-	}
 	/* Direct I/O goes on where a block begins. */
 	if ((size_t)result < left && bounce->medium->kind == VFC_MEDIUM_DIRECT)
 		result -= result % bounce->medium->block_size;

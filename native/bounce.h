@@ -43,7 +43,7 @@ struct bounce_pool {
 enum vfc_submit bounce_begin(struct bounce_pool *pool, struct vfc_cmd *cmd, struct bounce **ret_bounce);
 /*
  * What came back: a byte count or -errno.  True: it is over; false: the rest is to be submitted.
- * A file may be shorter than its medium: what lies behind its end reads as zeros.
+ * A file that has become shorter than its medium has lost blocks: who reads them gets an error, not zeros.
  */
 bool bounce_step(struct bounce *bounce, ssize_t result);
 /* Lets go of everything, after the data of a read went to the guest.  Returns the command, or NULL. */

@@ -183,6 +183,8 @@ static inline void finish(struct worker *worker, struct command *command)
 	} else if (__builtin_expect(command->cmd.error, 0)) {
 		COUNT(worker, medium_errors);
 		command_punt(worker, command, VFC_WHY_MEDIUM);
+	} else if (command->cmd.op == VFC_OP_FLUSH && medium_in_doubt(command->cmd.path->medium)) {
+		command_punt(worker, command, VFC_WHY_DOUBT);
 	} else {
 		good(worker, command);
 	}

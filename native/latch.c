@@ -8,6 +8,8 @@
  * A block of memory that its writer was just copying is torn then, and the latch alone would hand it out.  So a writer
  * first gathers what it writes in a place of its own behind the words, says there where it belongs, and copies it from
  * there; the fabric does that again for a dead one.  The block is new, as if the command had come a moment earlier.
+ *
+ * Behind all that lies the count of losses, which has nothing to do with them but that all who have the medium have it.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -18,6 +20,8 @@
 #include <unistd.h>
 
 #include "latch.h"
+
+#define LOSS (1ull << 32)	/* one more of them; below it are doubts */
 
 int vfc_latch_open(int fd, struct vfc_latch **ret_latch)
 {
@@ -41,6 +45,7 @@ int vfc_latch_open(int fd, struct vfc_latch **ret_latch)
 	madvise((void *)latch->words, VFC_LATCH_BYTES, MADV_DONTDUMP);
 	latch->places = (struct latch_place *)(void *)(latch->words + LATCH_WORDS);
 	latch->data = (uint8_t *)(latch->places + VFC_LATCH_PLACES);
+	latch->losses = (_Atomic uint64_t *)(void *)(latch->data + (size_t)VFC_LATCH_PLACES * REDO_ROOM);
 	*ret_latch = latch;
 	return 0;
 }
@@ -169,4 +174,25 @@ int vfc_latch_recover(struct vfc_latch *latch, uint32_t owner)
 			freed++;
 	}
 	return freed;
+}
+
+uint64_t vfc_latch_losses(const struct vfc_latch *latch)
+{
+	return atomic_load(latch->losses);
+}
+
+uint64_t vfc_latch_lost(struct vfc_latch *latch, uint64_t known)
+{
+	uint64_t count = atomic_load(latch->losses), next;
+
+	/* Where others have counted one since, it is most likely the same: that is for the fabric to find out. */
+	do
+		next = count + (count / LOSS == known / LOSS ? LOSS : 1);
+	while (!atomic_compare_exchange_weak(latch->losses, &count, next));
+	return next;
+}
+
+uint64_t vfc_latch_doubt(struct vfc_latch *latch)
+{
+	return atomic_fetch_add(latch->losses, 1) + 1;
 }

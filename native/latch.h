@@ -11,7 +11,8 @@
 
 #include "vhostfc.h"
 
-#define LATCH_WORDS VFC_LATCH_WORDS
+#define LATCH_WORDS ((uint64_t)VFC_LATCH_WORDS)
+#define LATCH_PAGE 4096	/* of the count of losses */
 #define REDO_ROOM VFC_LATCH_STRIPE	/* bytes of data in a place */
 #define REDO_PIECE 16384		/* bytes that are copied at a time, if a block is not larger: they stay in the cache */
 
@@ -26,10 +27,11 @@ struct vfc_latch {
 	_Atomic uint32_t *words;
 	struct latch_place *places;
 	uint8_t *data;		/* REDO_ROOM for each place */
+	_Atomic uint64_t *losses;	/* behind them, a page of its own */
 };
 
 _Static_assert(VFC_LATCH_BYTES == LATCH_WORDS * sizeof(uint32_t) +
-		       (size_t)VFC_LATCH_PLACES * (sizeof(struct latch_place) + REDO_ROOM), "no more and no less");
+		       (size_t)VFC_LATCH_PLACES * (sizeof(struct latch_place) + REDO_ROOM) + LATCH_PAGE, "no more and no less");
 
 /* A place in use. */
 struct vfc_redo {

@@ -61,6 +61,7 @@ int vfc_medium_new(const struct vfc_medium_setup *setup, struct vfc_medium **ret
 	medium->block_shift = (uint32_t)__builtin_ctz(setup->block_size);
 	medium->blocks = setup->blocks;
 	medium->bytes = setup->blocks * setup->block_size;
+	medium->losses = setup->losses;
 	medium->fd = -1;
 	if (setup->kind != VFC_MEDIUM_NULL)
 		error = vfc_latch_open(setup->latch_fd, &medium->latch);

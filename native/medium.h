@@ -20,6 +20,7 @@ struct vfc_medium {
 	int fd;			/* FILE, DIRECT; else -1 */
 	uint64_t blocks;
 	uint64_t bytes;
+	uint64_t losses;	/* of which the nexus knows; see vhostfc.h */
 	uint8_t *memory;	/* MEMORY */
 	struct guard *guard;	/* MEMORY */
 	struct vfc_latch *latch;	/* all but NULL and SG */
@@ -27,5 +28,11 @@ struct vfc_medium {
 };
 
 struct vfc_medium *medium_hold(struct vfc_medium *medium);
+
+/* Whether something may have been lost that the nexus has not heard of. */
+static inline bool medium_in_doubt(const struct vfc_medium *medium)
+{
+	return medium->latch && vfc_latch_losses(medium->latch) != medium->losses;
+}
 
 #endif

@@ -62,7 +62,7 @@ int vfc_mem_covers(const struct vfc_mem *mem, uint64_t uaddr, uint64_t size);
  * the words each writer has a place for what it is about to write; see vfc_latch_redo().
  */
 struct vfc_latch;
-#define VFC_LATCH_BYTES 33652736	/* the memfd's size: words, places, and their data; sparse */
+#define VFC_LATCH_BYTES 33656832	/* the memfd's size: words, places, and their data, sparse; a page for the count of losses */
 #define VFC_LATCH_WORDS 16384
 #define VFC_LATCH_PLACES 512
 #define VFC_LATCH_STRIPE 65536	/* bytes of medium that share a word; stripes share words modulo the table */
@@ -79,6 +79,21 @@ void vfc_latch_free(struct vfc_latch *latch, uint32_t owner, uint64_t offset, ui
 int vfc_latch_redo(struct vfc_latch *latch, uint32_t owner, int fd);
 /* Free every word that this owner holds; returns how many. */
 int vfc_latch_recover(struct vfc_latch *latch, uint32_t owner);
+
+/*
+ * Losses: how often the host could not write back what it had in its cache for this unit.  Linux says so once for each
+ * open file description, and never to one that was opened after somebody was told; but everybody may have had data
+ * there.  So whoever is told counts it here, and a SYNCHRONIZE CACHE is GOOD only where nothing was counted since the
+ * nexus last heard of it.
+ *
+ * The high half counts losses, the low half doubts: somebody's call failed, and whether something was lost that was
+ * not counted yet only the fabric can tell, by its own description, which is as old as the unit.
+ */
+uint64_t vfc_latch_losses(const struct vfc_latch *latch);
+/* A call that syncs has failed on a description that is as new as this count; returns the count that came of it. */
+uint64_t vfc_latch_lost(struct vfc_latch *latch, uint64_t known);
+/* A call that moves data and syncs has failed: because of either. */
+uint64_t vfc_latch_doubt(struct vfc_latch *latch);
 
 /* ---------------------------------------------------------------- media */
 
@@ -101,6 +116,7 @@ struct vfc_medium_setup {
 	uint32_t block_size;	/* bytes, power of two, >= 512 */
 	uint32_t pad;
 	uint64_t blocks;
+	uint64_t losses;	/* the count up to which the nexus knows of them; with another one the fabric has to answer */
 };
 
 int vfc_medium_new(const struct vfc_medium_setup *setup, struct vfc_medium **ret_medium);
@@ -235,7 +251,8 @@ enum vfc_why {
 	VFC_WHY_FIELD,		/* protection bits, FUA read, ... */
 	VFC_WHY_RANGE,		/* LBA out of range, or length not that of the data buffer */
 	VFC_WHY_TRANSFER,	/* larger than max_transfer */
-	VFC_WHY_MEDIUM		/* the medium failed: do it again, carefully */
+	VFC_WHY_MEDIUM,		/* the medium failed: do it again, carefully; what a flush has lost is not there another time */
+	VFC_WHY_DOUBT		/* SYNCHRONIZE CACHE, or FUA: the host may have lost what was written before */
 };
 
 struct vfc_event {

@@ -115,6 +115,8 @@ static inline enum vfc_why examine(const struct worker *worker, const struct com
 	if (cmd->fua && cmd->op == VFC_OP_READ &&
 	    (medium->kind == VFC_MEDIUM_FILE || medium->kind == VFC_MEDIUM_DIRECT))
 		return VFC_WHY_FIELD;
+	if ((cmd->fua || cmd->op == VFC_OP_FLUSH) && medium_in_doubt(medium))
+		return VFC_WHY_DOUBT;
 	return 0;
 }
 

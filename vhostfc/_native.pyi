@@ -10,8 +10,8 @@ class _Lib:
     VFC_CONTROL_MAX: int
     VFC_MAX_RINGS: int
     VFC_LATCH_BYTES: int
-    VFC_LATCH_STRIPE: int
     VFC_LATCH_WORDS: int
+    VFC_LATCH_STRIPE: int
     VFC_ENGINE_NO_URING: int
     VFC_ROUTE_GONE: int
     VFC_ROUTE_READ_ONLY: int
@@ -54,6 +54,7 @@ class _Lib:
     VFC_WHY_RANGE: int
     VFC_WHY_TRANSFER: int
     VFC_WHY_MEDIUM: int
+    VFC_WHY_DOUBT: int
     VFD_EVENT_IDX: int
     VFD_INDIRECT: int
     VFD_RANDOM: int
@@ -87,6 +88,8 @@ class _Lib:
     def vfc_latch_free(self, latch: Any, owner: int, offset: int, length: int) -> None: ...
     def vfc_latch_redo(self, latch: Any, owner: int, fd: int) -> int: ...
     def vfc_latch_recover(self, latch: Any, owner: int) -> int: ...
+    def vfc_latch_losses(self, latch: Any) -> int: ...
+    def vfc_latch_lost(self, latch: Any, known: int) -> int: ...
     def vfc_medium_new(self, setup: Any, ret_medium: Any) -> int: ...
     def vfc_medium_put(self, medium: Any) -> None: ...
     def vfc_engine_new(self, setup: Any, ret_engine: Any) -> int: ...

@@ -24,13 +24,13 @@ from vhostfc._native import ffi, lib
 #: What cffi made, for frontend/load.py: it wraps native/frontend.h as this file wraps native/vhostfc.h.
 FFI: Any = ffi
 LIB: Any = lib
-#: Readable bytes of a control request that reach Python; the size of a latch's memfd, and the bytes of
-#: medium that share one of its words.
+#: Readable bytes of a control request that reach Python; the size of a latch's memfd, its words, and the bytes
+#: of medium that share one of them.
 CONTROL_MAX: int = lib.VFC_CONTROL_MAX
 MAX_RINGS: int = lib.VFC_MAX_RINGS
 LATCH_BYTES: int = lib.VFC_LATCH_BYTES
-LATCH_STRIPE: int = lib.VFC_LATCH_STRIPE
 LATCH_WORDS: int = lib.VFC_LATCH_WORDS
+LATCH_STRIPE: int = lib.VFC_LATCH_STRIPE
 
 
 def _check(result: int, doing: str) -> int:
@@ -115,7 +115,7 @@ class Memory(_Handle):
 
 
 class Latch(_Handle):
-    """The words in a shared memfd of LATCH_BYTES that make blocks atomic between processes."""
+    """The words in a shared memfd of LATCH_BYTES that make blocks atomic between processes; and the count of losses."""
 
     def __init__(self, fd: int) -> None:
         made = ffi.new("struct vfc_latch **")
@@ -143,6 +143,14 @@ class Latch(_Handle):
         """
         return _check(lib.vfc_latch_redo(self.pointer, owner, fd), "finishing what a dead writer had begun")
 
+    def losses(self) -> int:
+        """64 bits: how often the host lost what it had in its cache, and (the low half) how often that is in doubt."""
+        return int(lib.vfc_latch_losses(self.pointer))
+
+    def lost(self, known: int) -> int:
+        """A call that syncs has failed on a description that is as new as this count; the count from now on."""
+        return int(lib.vfc_latch_lost(self.pointer, known))
+
     def _put(self, pointer: Any) -> None:
         lib.vfc_latch_put(pointer)
 
@@ -159,16 +167,25 @@ class MediumKind(enum.IntEnum):
 class Medium(_Handle):
     """A unit's blocks as this process sees them, for the routes that lead there.
 
-    fd, latch_fd: -1 for NULL, which needs neither.  owner: this process in the latch.  OSError: EINVAL a
-    block size that is no power of two from 512 to LATCH_STRIPE, EFBIG memory smaller than its blocks.
+    fd, latch_fd: -1 for NULL, which needs neither.  owner: this process in the latch.  losses: those that the
+    nexus knows of.  OSError: EINVAL a block size that is no power of two from 512 to LATCH_STRIPE, EFBIG memory
+    smaller than its blocks.
     """
 
     def __init__(
-        self, kind: MediumKind, *, blocks: int, block_size: int, owner: int = 0, fd: int = -1, latch_fd: int = -1
+        self,
+        kind: MediumKind,
+        *,
+        blocks: int,
+        block_size: int,
+        owner: int = 0,
+        fd: int = -1,
+        latch_fd: int = -1,
+        losses: int = 0,
     ) -> None:
         setup = ffi.new("struct vfc_medium_setup *")
         setup.fd, setup.latch_fd, setup.kind, setup.owner = fd, latch_fd, int(kind), owner
-        setup.block_size, setup.blocks = block_size, blocks
+        setup.block_size, setup.blocks, setup.losses = block_size, blocks, losses
         made = ffi.new("struct vfc_medium **")
         _check(
             lib.vfc_medium_new(setup, made),
@@ -206,6 +223,7 @@ class Why(enum.IntEnum):
     RANGE = lib.VFC_WHY_RANGE
     TRANSFER = lib.VFC_WHY_TRANSFER
     MEDIUM = lib.VFC_WHY_MEDIUM
+    DOUBT = lib.VFC_WHY_DOUBT
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import re
+import stat
+import struct
 from pathlib import Path
 
 import pytest
@@ -12,6 +16,7 @@ import trio
 from tests.daemon.linkadapter import LinkAdapter, read_10, write_10, wwpn
 from tests.daemon.test_fabricd import TARGET, UNIT, config, fabric, join
 from vhostfc.daemon.fabricd import Fabric
+from vhostfc.daemon.stable import make_directory
 from vhostfc.fc.fcp import TmFlag
 from vhostfc.fc.initiator import CommandResult
 from vhostfc.native import Latch
@@ -208,3 +213,183 @@ async def test_status_shows_them(tmp_path: Path) -> None:
             ],
             "reserved_by": None,
         }
+
+
+# ---------------------------------------------------------------- a command of many steps, and others' commands between
+
+BIG = '[[target.unit]]\nlun = 0\nsize = "16MiB"\n'
+#: Blocks that are moved up by one: pieces of 1 MiB, each of which overlaps the next.
+SHIFTED = 10_000
+
+
+def shift_by_one(naa: bytes) -> tuple[bytes, bytes]:
+    """EXTENDED COPY of blocks 0 to SHIFTED onto 1 and the following: CDB and parameter list."""
+    cscd = bytes([0xE4, 0, 0, 0, 1, 3, 0, 16]) + naa.ljust(21, b"\0") + (512).to_bytes(3, "big")
+    segment = struct.pack("!BBHHHHHQQ", 2, 0, 0x18, 0, 0, 0, SHIFTED, 0, 1)
+    data = bytes([1, 0]) + struct.pack("!HIII", len(cscd), 0, len(segment), 0) + cscd + segment
+    return bytes([0x83, *bytes(9), *len(data).to_bytes(4, "big"), 0, 0]), data
+
+
+def numbered(first: int, blocks: int) -> bytes:
+    return b"".join(i.to_bytes(4, "big") * 128 for i in range(first, first + blocks))
+
+
+class Copy:
+    """A copy of member `one` under way; a block in its way is held, so that it stops after its first pieces."""
+
+    def __init__(self, san: Fabric, one: LinkAdapter, nursery: trio.Nursery) -> None:
+        (self.served,) = san.placement.served.values()
+        self.ended: list[CommandResult] = []
+        self._one = one
+        self._nursery = nursery
+
+    async def begin(self, held: int) -> None:
+        os.pwrite(self.served.medium.fd, numbered(0, SHIFTED + 1), 0)
+        assert self.served.medium.latch is not None
+        assert self.served.medium.latch.take(SOMEBODY, held * 512, 512) is None
+        self._nursery.start_soon(self._run)
+        with trio.fail_after(10):
+            while os.pread(self.served.medium.fd, 4, SHIFTED * 512) == numbered(SHIFTED, 1)[:4]:
+                await trio.sleep(0.001)
+
+    async def _run(self) -> None:
+        cdb, data = shift_by_one(self.served.unit.identity.naa[0])
+        self.ended.append(await self._one.command(cdb, data_out=data))
+
+    async def end(self) -> CommandResult:
+        assert self.served.medium.latch is not None
+        self.served.medium.latch.recover(SOMEBODY)
+        await self._one.until(lambda: self.ended)
+        return self.ended[0]
+
+    def medium(self) -> bytes:
+        return os.pread(self.served.medium.fd, (SHIFTED + 1) * 512, 0)
+
+
+async def test_a_copy_is_not_done_twice_because_others_send_commands(tmp_path: Path) -> None:
+    async with fabric(tmp_path, TARGET + BIG) as (san, nursery):
+        one, two = await members(nursery, tmp_path)
+        three = await join(nursery, tmp_path, 3)
+        await three.command(bytes(6))
+        copy = Copy(san, one, nursery)
+        await copy.begin(held=4000)
+        epoch = copy.served.epoch
+        assert await out(three, RESERVE, 99, kind=WE) == CONFLICT
+        assert await out(two, RESERVE, 2, kind=WE) == CONFLICT
+        assert copy.served.epoch == epoch, "nothing has changed"
+        assert await out(three, REGISTER, 0, 3) == GOOD
+        assert copy.served.epoch > epoch
+        assert (await copy.end()).status == GOOD
+        assert copy.medium() == numbered(0, 1) + numbered(0, SHIFTED)
+
+
+async def test_a_copy_goes_on_under_a_unit_attention_that_came_later(tmp_path: Path) -> None:
+    async with fabric(tmp_path, TARGET + BIG) as (san, nursery):
+        one, two = await members(nursery, tmp_path)
+        copy = Copy(san, one, nursery)
+        await copy.begin(held=4000)
+        assert await out(two, CLEAR, 2) == GOOD
+        assert (await copy.end()).status == GOOD
+        assert copy.medium() == numbered(0, 1) + numbered(0, SHIFTED)
+        assert (await one.command(bytes(6))).sense[12:14] == bytes.fromhex("2a03")
+
+
+async def test_a_copy_that_has_lost_its_right_ends_where_it_is(tmp_path: Path) -> None:
+    async with fabric(tmp_path, TARGET + BIG) as (san, nursery):
+        one, two = await members(nursery, tmp_path)
+        copy = Copy(san, one, nursery)
+        await copy.begin(held=4000)
+        assert await out(two, PREEMPT, 2, 1, WERO) == GOOD
+        before = copy.medium()
+        assert (await copy.end()).status == CONFLICT
+        assert copy.medium() == before
+
+
+# ---------------------------------------------------------------- what cannot be kept
+
+DISK = '[[target.unit]]\nlun = 0\nfile = "{}/disk"\nsize = "1MiB"\n'
+
+
+class Directories:
+    """fsync of directories fails; of the files in them it does not.  synced: of which it did not fail."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.fail = False
+        self.synced: list[str] = []
+        self._fsync = os.fsync
+        monkeypatch.setattr(os, "fsync", self)
+
+    def __call__(self, fd: int) -> None:
+        if stat.S_ISDIR(os.fstat(fd).st_mode):
+            if self.fail:
+                raise OSError(errno.EIO, "Input/output error")
+            self.synced.append(os.readlink(f"/proc/self/fd/{fd}"))
+        self._fsync(fd)
+
+
+async def test_what_was_refused_is_not_in_force_after_a_restart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = TARGET + DISK.format(tmp_path)
+    directories = Directories(monkeypatch)
+    async with fabric(tmp_path, text) as (_, nursery):
+        one = await join(nursery, tmp_path, 1)
+        await one.command(bytes(6))
+        directories.fail = True
+        assert await out(one, REGISTER, 0, 7, aptpl=True) == CHECK_CONDITION
+        directories.fail = False
+        assert await keys(one) == {}
+    async with fabric(tmp_path, text) as (_, nursery):
+        one = await join(nursery, tmp_path, 1)
+        await one.command(bytes(6))
+        assert await keys(one) == {}
+        assert await out(one, REGISTER, 0, 1, aptpl=True) == GOOD
+        directories.fail = True
+        assert await out(one, CLEAR, 1) == CHECK_CONDITION
+        directories.fail = False
+        assert await keys(one) == {str(wwpn(1)): 1}
+    async with fabric(tmp_path, text) as (_, nursery):
+        one = await join(nursery, tmp_path, 1)
+        await one.command(bytes(6))
+        assert await keys(one) == {str(wwpn(1)): 1}
+
+
+async def test_what_may_not_be_kept_is_written_again_by_the_next_that_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = TARGET + DISK.format(tmp_path)
+    directories = Directories(monkeypatch)
+    async with fabric(tmp_path, text) as (san, nursery):
+        one = await join(nursery, tmp_path, 1)
+        await one.command(bytes(6))
+        assert await out(one, REGISTER, 0, 1, aptpl=True) == GOOD
+        directories.fail = True
+        assert await out(one, RESERVE, 1, kind=WE) == CHECK_CONDITION
+        (served,) = san.placement.served.values()
+        assert served.unit.reservations.in_doubt
+        assert await out(one, IGNORE, 0, 1, aptpl=True) == CHECK_CONDITION, "GOOD would say that it is kept"
+        (path,) = (tmp_path / "state").rglob("*.json")
+        path.write_bytes(b"what else may be there")
+        directories.fail = False
+        assert await out(one, IGNORE, 0, 1, aptpl=True) == GOOD
+        assert not served.unit.reservations.in_doubt
+    async with fabric(tmp_path, text) as (_, nursery):
+        one = await join(nursery, tmp_path, 1)
+        await one.command(bytes(6))
+        assert await keys(one) == {str(wwpn(1)): 1}
+
+
+def test_a_directory_that_is_made_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    directories = Directories(monkeypatch)
+    make_directory(tmp_path / "a" / "b" / "c")
+    assert directories.synced == [str(tmp_path), str(tmp_path / "a"), str(tmp_path / "a" / "b")]
+    assert stat.S_IMODE((tmp_path / "a" / "b").stat().st_mode) == 0o700
+    make_directory(tmp_path / "a" / "b")
+    assert len(directories.synced) == 3
+    directories.fail = True
+    with pytest.raises(OSError, match="error"):
+        make_directory(tmp_path / "d")
+    assert not (tmp_path / "d").exists(), "or the next one would take it for one that stays"
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="File exists"):
+        make_directory(tmp_path / "file" / "x")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 from pathlib import Path
@@ -14,6 +15,7 @@ from tests.daemon.test_fabric_reservations import may
 from tests.daemon.test_fabricd import TARGET, UNIT, config, fabric, join
 from vhostfc.daemon import media
 from vhostfc.daemon.fabric_journal import Journal
+from vhostfc.errors import VhostfcError
 from vhostfc.fc.fcp import TmFlag
 from vhostfc.native import Latch
 from vhostfc.scsi.sanitize import Operation
@@ -24,7 +26,7 @@ ERASE, IMMED = bytes([0x48, 0x02, *bytes(8)]), 0x80
 GOOD, CHECK_CONDITION = 0x00, 0x02
 #: An owner in the latch that is neither the fabric nor any adapter: the test itself.
 SOMEBODY = 0x7FFF
-A, B = b"a" * 512, b"b" * 512
+A, B, C = b"a" * 512, b"b" * 512, b"c" * 512
 
 
 def file_unit(tmp_path: Path) -> str:
@@ -226,6 +228,119 @@ async def test_one_that_a_crash_cut_short_is_undone(tmp_path: Path) -> None:
         assert path.stat().st_size == 0
 
 
+async def test_a_record_that_cannot_be_cleared_undoes_nothing_that_is_written_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read_only(_journal: Journal) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    text = file_unit(tmp_path)
+    async with fabric(tmp_path, text) as (san, nursery):
+        one, two = await started(nursery, tmp_path, 1, 2)
+        await one.command(write_10(3, 1), data_out=A)
+        with monkeypatch.context() as patch:
+            patch.setattr(Journal, "clear", read_only)
+            answer = await one.command(atomic(3, 1), data_out=B)
+            assert (answer.status, answer.sense[2]) == (CHECK_CONDITION, 0x3)
+            done: list[int] = []
+
+            async def write() -> None:
+                done.append((await one.command(write_10(3, 1), data_out=C)).status)
+
+            nursery.start_soon(write)
+            assert (await two.command(write_10(1003, 1), data_out=C)).status == GOOD
+            answer = await two.command(atomic(1003, 1), data_out=B)
+            assert (answer.status, answer.sense[2]) == (CHECK_CONDITION, 0x3), "there is no room for its record"
+            assert not done, "its block is kept"
+        await one.until(lambda: done)
+        assert done == [GOOD]
+        assert (await two.command(atomic(1003, 1), data_out=B)).status == GOOD
+        with monkeypatch.context() as patch:
+            patch.setattr(Journal, "clear", read_only)
+            assert (await one.command(atomic(7, 1), data_out=B)).status == CHECK_CONDITION
+        assert (await one.command(write_10(7, 1), data_out=C)).status == GOOD
+    async with fabric(tmp_path, text) as (san, nursery):
+        (one,) = await started(nursery, tmp_path, 1)
+        assert (await one.command(read_10(3, 1), data_in=512)).data_in == C
+        (served,) = san.placement.served.values()
+        assert served.journal.load() is None
+
+
+async def test_a_record_that_stays_until_the_end_is_undone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what was not let in meanwhile was not told that it was."""
+
+    def read_only(_journal: Journal) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    text = file_unit(tmp_path)
+    with monkeypatch.context() as patch:
+        async with fabric(tmp_path, text) as (_, nursery):
+            (one,) = await started(nursery, tmp_path, 1)
+            await one.command(write_10(3, 1), data_out=A)
+            patch.setattr(Journal, "clear", read_only)
+            assert (await one.command(atomic(3, 1), data_out=B)).status == CHECK_CONDITION
+        async with fabric(tmp_path, text) as (san, _):
+            (served,) = san.placement.served.values()
+            assert not served.ready, "it cannot be told whether the record is of now or of then"
+            patch.undo()
+            with trio.fail_after(10):
+                while not served.ready:
+                    await trio.sleep(0.01)
+    async with fabric(tmp_path, text) as (_, nursery):
+        (one,) = await started(nursery, tmp_path, 1)
+        assert (await one.command(read_10(3, 1), data_in=512)).data_in == A
+
+
+@pytest.mark.parametrize("cache", ["writeback", "none"])
+async def test_a_record_of_other_blocks_is_undone_all_the_same(tmp_path: Path, cache: str) -> None:
+    text = file_unit(tmp_path) + f'block_size = 4096\ncache = "{cache}"\n'
+    try:
+        async with fabric(tmp_path, text) as (_, nursery):
+            (one,) = await started(nursery, tmp_path, 1)
+            await one.command(atomic(0, 1), data_out=A * 8)
+            (path,) = (tmp_path / "state").rglob("*.atomic")
+    except VhostfcError as error:
+        pytest.skip(str(error))
+    Journal(path).write(9, 512, B)
+    async with fabric(tmp_path, text) as (_, nursery):
+        (one,) = await started(nursery, tmp_path, 1)
+        assert path.stat().st_size == 0
+        assert (await one.command(read_10(1, 1), data_in=4096)).data_in == bytes(512) + B + bytes(6 * 512)
+
+
+async def test_of_two_each_has_its_record_while_it_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with fabric(tmp_path, file_unit(tmp_path)) as (san, nursery):
+        one, two = await started(nursery, tmp_path, 1, 2)
+        (served,) = san.placement.served.values()
+        whole = media.Medium.write
+        records: list[tuple[int, object]] = []
+
+        async def slowly(self: media.Medium, lba: int, data: bytes, *, fua: bool = False) -> None:
+            await trio.sleep(0.1)  # the other one has begun meanwhile
+            record = served.journal.load()
+            records.append((lba, record and record[0]))
+            await whole(self, lba, data, fua=fua)
+
+        monkeypatch.setattr(media.Medium, "write", slowly)
+        done: list[int] = []
+
+        async def write(member: LinkAdapter, lba: int) -> None:
+            done.append((await member.command(atomic(lba, 1), data_out=A)).status)
+
+        nursery.start_soon(write, one, 3)
+        nursery.start_soon(write, two, 1003)
+        await one.until(lambda: len(done) == 2)
+        assert done == [GOOD, GOOD]
+        assert sorted(records) == [(3, 3), (1003, 1003)]
+
+
+def test_a_record_is_found_where_half_of_a_longer_one_was(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "x.atomic")
+    journal.path.write_bytes(bytes(100_000))
+    journal.write(7, 512, A)
+    assert journal.load() == (7, 512, A)
+
+
 def test_half_a_record_is_none(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "x.atomic")
     assert journal.load() is None
@@ -240,3 +355,6 @@ def test_half_a_record_is_none(tmp_path: Path) -> None:
     journal.path.write_bytes(record)
     journal.clear()
     assert journal.load() is None
+    journal.path.unlink()
+    journal.clear()
+    Journal(tmp_path / "none" / "x.atomic").clear()

@@ -287,6 +287,33 @@ async def test_a_login_at_start_ends_at_stop_and_comes_again(make: Callable[...,
             lab.fabric.said.clear()
 
 
+async def test_a_flush_that_failed_is_not_good_because_another_one_succeeds(
+    make: Callable[..., Lab], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel says once what it has lost."""
+
+    async def changes(path: FakePath) -> AsyncIterator[RouteChange]:
+        flush = bytes(6) + bytes([1 << 5]) + bytes(25)
+        fds = [*os.pipe(), os.memfd_create("latch")]  # a pipe cannot be synced
+        os.ftruncate(fds[2], LATCH_BYTES)
+        broken = Medium(MediumKind.FILE, blocks=BLOCKS, block_size=512, owner=2, fd=fds[0], latch_fd=fds[2])
+        for fd in fds:
+            os.close(fd)
+        yield RouteChange(Route(flush, broken), acknowledge=lambda: path._said.append("routed 0"))
+        await trio.sleep_forever()
+
+    monkeypatch.setattr(FakePath, "changes", changes)
+    lab = make()
+    async with lab.running(), ScsiDriver.open(lab.config.socket) as driver:
+        await until(lambda: "routed 0" in lab.fabric.said)
+        answer = await driver.command(0, 0, bytes([0x35, *bytes(9)]))
+        assert (answer.status, answer.sense[2], answer.sense[12:14]) == (2, 3, b"\x0c\x00")
+        assert len(lab.fabric.seen) == 1, "the fabric has to hear of it"
+        lab.fabric.seen.clear()
+        assert (await driver.command(0, 0, bytes([0x35, *bytes(9)]))).good, "from now on it is the fabric that knows"
+        assert len(lab.fabric.seen) == 1
+
+
 async def test_a_unit_that_vanishes_while_its_path_opens(make: Callable[..., Lab]) -> None:
     lab = make()
     lab.fabric.gate = trio.Event()

@@ -10,7 +10,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 NATIVE = HERE.parent.parent / "native"
 #: The pool's calls go through the tests' gate; the worker's engine for files may be the tests' own.
-WRAPPED = ("preadv2", "pwritev2", "path_pool_new", "path_pool_free")
+WRAPPED = ("preadv2", "pwritev2", "fdatasync", "path_pool_new", "path_pool_free")
 SANITIZERS = {
     "address": ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
     # The fences are about memory that guest and device map at different addresses, which it cannot follow anyway.

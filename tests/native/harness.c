@@ -647,7 +647,17 @@ static void pass_gate(void)
 	pthread_mutex_unlock(&gate_lock);
 }
 
+_Atomic int harness_sync_error;
+
+static bool sync_fails(void)
+{
+	errno = atomic_load(&harness_sync_error);
+	return errno;
+}
+
 /* The linker leads the pool's calls here (--wrap). */
+int __real_fdatasync(int fd);
+int __wrap_fdatasync(int fd);
 ssize_t __real_preadv2(int fd, const struct iovec *iov, int count, off_t offset, int flags);
 ssize_t __real_pwritev2(int fd, const struct iovec *iov, int count, off_t offset, int flags);
 ssize_t __wrap_preadv2(int fd, const struct iovec *iov, int count, off_t offset, int flags);
@@ -672,7 +682,15 @@ ssize_t __wrap_preadv2(int fd, const struct iovec *iov, int count, off_t offset,
 ssize_t __wrap_pwritev2(int fd, const struct iovec *iov, int count, off_t offset, int flags)
 {
 	pass_gate();
+	if (flags & RWF_DSYNC && sync_fails())
+		return -1;
 	return __real_pwritev2(fd, iov, count, offset, flags);
+}
+
+int __wrap_fdatasync(int fd)
+{
+	pass_gate();
+	return sync_fails() ? -1 : __real_fdatasync(fd);
 }
 
 /* ---------------------------------------------------------------- an engine for files that is the tests' own */

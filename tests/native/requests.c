@@ -187,7 +187,8 @@ TEST(media_that_cannot_be)
 
 static void beyond_the_end(uint32_t flags)
 {
-	const uint8_t read[16] = { 0x28, 0, 0, 0, 0, 6, 0, 0, 4 };
+	const uint8_t last[16] = { 0x28, 0, 0, 0, 0, 6, 0, 0, 1 }, across[16] = { 0x28, 0, 0, 0, 0, 6, 0, 0, 4 };
+	const uint8_t cut[16] = { 0x28, 0, 0, 0, 0, 7, 0, 0, 1 }, behind[16] = { 0x28, 0, 0, 0, 0, 9, 0, 0, 1 };
 	struct guest_options options = { .flags = flags };
 	struct request request;
 
@@ -195,15 +196,17 @@ static void beyond_the_end(uint32_t flags)
 	memset(unit.bytes, 0x33, 8 * 512);
 	CHECK_EQUAL(ftruncate(unit.fd, 7 * 512 + 100), 0);
 	for (unsigned i = 0; i < 2; i++) {
-		good(read, 0, 4 * 512, &request);
-		for (unsigned at = 0; at < 4 * 512; at++)
-			CHECK_EQUAL(request_in(&ring, &request)[at], at < 512 + 100 ? 0x33 : 0);
+		good(last, 0, 512, &request);
+		CHECK_EQUAL(request_in(&ring, &request)[511], 0x33);
+		punted(VFC_WHY_MEDIUM, across, 0, 4 * 512);
+		punted(VFC_WHY_MEDIUM, cut, 0, 512);
+		punted(VFC_WHY_MEDIUM, behind, 0, 512);
 	}
 	end();
 }
 
-TEST(a_file_reads_as_zeros_beyond_its_end) { beyond_the_end(0); }
-TEST(a_file_reads_as_zeros_beyond_its_end_without_uring) { beyond_the_end(VFC_ENGINE_NO_URING); }
+TEST(what_a_file_has_lost_is_not_zeros) { beyond_the_end(0); }
+TEST(what_a_file_has_lost_is_not_zeros_without_uring) { beyond_the_end(VFC_ENGINE_NO_URING); }
 
 static void large(uint32_t kind, uint32_t flags)
 {

@@ -26,12 +26,13 @@ SOURCES = {
         "polling",
         "fencing",
         "paths",
+        "losses",
         "generic",
         "kept",
         "memory",
         "together",
     ),
-    "thread": ("rings", "packed", "polling", "fencing", "paths", "memory", "together"),
+    "thread": ("rings", "packed", "polling", "fencing", "paths", "losses", "memory", "together"),
 }
 #: Tests that are about commands, and so run over rings of each layout (see HARNESS_LAYOUT in harness.h).
 COMMANDS = ("requests", "fencing", "paths", "generic", "kept", "memory")

@@ -238,7 +238,7 @@ async def test_a_refusal_after_a_broken_link_is_not_the_end(lab: Lab, port: Port
     [
         (None, "it does not say HELLO"),
         (link.Note("hi"), "it says NOTE for HELLO"),
-        (link.Hello("new", version=9), "it speaks version 9 of the link, we speak 1"),
+        (link.Hello("new", version=9), "it speaks version 9 of the link, we speak 2"),
     ],
 )
 async def test_what_does_not_greet_is_no_fabric(

@@ -17,15 +17,20 @@ import trio
 from vhostfc.daemon.units import Units, lun_bytes, lun_number
 from vhostfc.daemon.workers import Match, Workers
 from vhostfc.fc.wwn import Wwn
-from vhostfc.native import Event
+from vhostfc.native import Event, Why
 from vhostfc.ports.base import Outcome, Port, ScsiResult, TaskManagement, TaskManagementResponse, Unit
+from vhostfc.scsi.sense import Asc, Sense, SenseKey
 from vhostfc.virtio import scsi as virtio
 
 REPORT_LUNS = 0xA0
+SYNCHRONIZE_CACHE = frozenset((0x35, 0x91))
+CHECK_CONDITION = 0x02
 #: A LUN that no target has: what a driver names by a method that virtio-scsi does not know (SAM-5 4.7.7.1, 11b).
 NOWHERE = b"\xff" * 8
 #: Task attributes: virtio 1.2 5.6.6.1 numbers to FCP-4's.
 FCP_ATTRIBUTE = {0: 0, 1: 2, 2: 1, 3: 4}
+#: The end of a flush that has failed in a worker: what was lost then, another flush cannot find.
+_LOST = ScsiResult(Outcome.COMPLETE, CHECK_CONDITION, Sense(SenseKey.MEDIUM_ERROR, Asc.WRITE_ERROR).encode())
 
 _RESPONSE = {
     Outcome.NO_TARGET: virtio.Response.BAD_TARGET,
@@ -157,6 +162,8 @@ class Commands:
                 del self._running[event.handle]
             if punt.scope.cancelled_caught:
                 return
+        if event.why is Why.MEDIUM and event.cdb[0] in SYNCHRONIZE_CACHE and result == ScsiResult(Outcome.COMPLETE):
+            result = _LOST
         self._workers.reply(event, result, self._response(event, result))
         if unit is not None and event.cdb[0] == REPORT_LUNS and result.outcome is Outcome.COMPLETE:
             self._compare(event.target, result.data_in)

@@ -14,13 +14,15 @@ import os
 import struct
 from pathlib import Path
 
+from vhostfc.daemon.stable import make_directory, sync_directory
+
 #: LBA, bytes of a block, bytes of data, and SHA-256 of all that: half a record is none.
 _HEAD = struct.Struct("!QII")
 _DIGEST = 32
 
 
 class Journal:
-    """The file of one unit.  Methods raise OSError; they take time, so call them in a thread."""
+    """The file of one unit, with room for one write.  Methods raise OSError; they take time: call them in a thread."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -28,17 +30,18 @@ class Journal:
     def write(self, lba: int, block_size: int, data: bytes) -> None:
         """When this returns, load() finds it after a crash."""
         new = not self.path.exists()
-        self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_directory(self.path.parent)
         body = _HEAD.pack(lba, block_size, len(data)) + data
         fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
+            os.ftruncate(fd, 0)  # a longer one that was not written whole would hide this one
             with open(fd, "wb", closefd=False) as stream:
                 stream.write(hashlib.sha256(body).digest() + body)
             os.fsync(fd)
         finally:
             os.close(fd)
         if new:
-            _sync_directory(self.path.parent)
+            sync_directory(self.path.parent)
 
     def clear(self) -> None:
         """When this returns, load() finds nothing."""
@@ -49,9 +52,12 @@ class Journal:
                 os.fsync(fd)
             finally:
                 os.close(fd)
+        except FileNotFoundError:  # never made; or removed, and who knows whether for good
+            if self.path.parent.exists():
+                sync_directory(self.path.parent)
         except OSError:  # a record that stayed would undo what is written later
             self.path.unlink()
-            _sync_directory(self.path.parent)
+            sync_directory(self.path.parent)
 
     def load(self) -> tuple[int, int, bytes] | None:
         """(LBA, bytes of a block, data) of a write that was cut short; None: of none.
@@ -67,11 +73,3 @@ class Journal:
             return None
         lba, block_size, length = _HEAD.unpack_from(body)
         return (lba, block_size, body[_HEAD.size :]) if length == len(body) - _HEAD.size else None
-
-
-def _sync_directory(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

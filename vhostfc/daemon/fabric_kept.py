@@ -3,7 +3,8 @@
 Reservations (APTPL) are NAA.json; notes of the device server, such as "a SANITIZE is under way", NAA.NAME;
 what a WRITE ATOMIC may have to undo, NAA.atomic (fabric_journal).
 
-A file takes the place of the one before by a rename, and is on the disk before anybody is told so.
+A file takes the place of the one before by a rename, and is on the disk before anybody is told so.  Where
+that cannot be, the one before is put back: whoever was told "not done" must not find it done after a restart.
 One that cannot be understood is an error at the start: a fabric that forgot who is kept out would be
 worse than one that does not come up.
 """
@@ -12,12 +13,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import structlog
 import trio
 
 from vhostfc.daemon.fabric_journal import Journal
+from vhostfc.daemon.stable import make_directory, sync_directory
 from vhostfc.errors import VhostfcError
 from vhostfc.scsi import persistent
 from vhostfc.scsi.reservations import State
@@ -99,24 +102,33 @@ class KeptReservations:
 
 
 def _replace(path: Path, record: bytes | None) -> None:
-    """Raises OSError, and then nothing has changed."""
+    """Raises OSError, and then nothing has changed: neither for who reads it now, nor (as far as the disk allows to
+    promise anything then) for who reads it after a loss of power."""
+    if record is None and not path.parent.exists():
+        return
+    make_directory(path.parent)
+    before = path.read_bytes() if path.exists() else None
+    try:
+        _put(path, record)
+        sync_directory(path.parent)
+    except OSError:
+        with suppress(OSError):
+            _put(path, before)
+            sync_directory(path.parent)
+        raise
+
+
+def _put(path: Path, record: bytes | None) -> None:
+    """In the place of what was there, at one stroke."""
     if record is None:
         path.unlink(missing_ok=True)
-        if not path.parent.exists():
-            return
-    else:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        part = path.with_name(f"{path.name}.part")
-        fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        try:
-            with open(fd, "wb", closefd=False) as stream:
-                stream.write(record)
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-        os.replace(part, path)
-    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+        return
+    part = path.with_name(f"{path.name}.part")
+    fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
     try:
-        os.fsync(directory)
+        with open(fd, "wb", closefd=False) as stream:
+            stream.write(record)
+        os.fsync(fd)
     finally:
-        os.close(directory)
+        os.close(fd)
+    os.replace(part, path)

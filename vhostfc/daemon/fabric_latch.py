@@ -18,8 +18,6 @@ OWNER = 1
 #: The first pause and the longest, in seconds; after STUCK we ask after the holder.
 PAUSE, PAUSE_MAX, STUCK = 0.0002, 0.01, 1.0
 
-_WORDS = LATCH_WORDS
-
 
 class Holding:
     """The stripes of a medium that one command holds in the range latch.
@@ -64,9 +62,9 @@ class Holding:
             return [(offset, length)]
         end, runs, have = offset + length, list[tuple[int, int]](), set(self._words)
         for stripe in range(offset // LATCH_STRIPE, -(-end // LATCH_STRIPE)):
-            if stripe % _WORDS in have:
+            if stripe % LATCH_WORDS in have:
                 continue
-            have.add(stripe % _WORDS)
+            have.add(stripe % LATCH_WORDS)
             first, last = max(offset, stripe * LATCH_STRIPE), min(end, (stripe + 1) * LATCH_STRIPE)
             if runs and sum(runs[-1]) == first:
                 runs[-1] = (runs[-1][0], last - runs[-1][0])
@@ -85,6 +83,12 @@ class Holding:
         self._taken.append((offset, length))
         self._words |= _words(offset, length)
 
+    def hand_over(self) -> Holding:
+        """All of it, held by somebody else from now on."""
+        other = Holding(self._medium, self._stuck)
+        other._taken, other._words, self._taken, self._words = self._taken, self._words, [], set()
+        return other
+
     def release(self, *, to: int = 0) -> None:
         """Free all, or what was taken since mark() said `to`."""
         latch = self._medium.latch
@@ -97,4 +101,4 @@ class Holding:
 
 def _words(offset: int, length: int) -> set[int]:
     first, last = offset // LATCH_STRIPE, (offset + length - 1) // LATCH_STRIPE
-    return {stripe % _WORDS for stripe in range(first, min(last, first + _WORDS - 1) + 1)}
+    return {stripe % LATCH_WORDS for stripe in range(first, min(last, first + LATCH_WORDS - 1) + 1)}

@@ -90,7 +90,7 @@ class Placement:
             return Verdict(gone=True)
         unit = served.unit
         mask = bytes(32) if served.ordered or served.faults else unit.verdict(session.nexus)
-        return Verdict(mask, unit.mode.write_protected, unit.blocks)
+        return Verdict(mask, unit.mode.write_protected, unit.blocks, losses=served.losses.known(session.nexus))
 
     # ------------------------------------------------------------ bringing it to what is wanted
 

@@ -5,9 +5,10 @@ range latch.  Three rules of fencing live here:
 
 - after every step of every task the verdicts are compared with what the adapters were told, and no
   status goes out before every narrowing is in force (Served.changed, Served.barrier);
-- a command that has waited, for its data or for a latch, looks again before it writes: when its right
-  is gone, or in doubt, it is begun anew, and its unit says what is to be said now; when its exchange
-  has ended, it is over;
+- a command that has waited, for its data or for a latch, looks again before it writes: when reservations
+  or mode pages are other ones and it could still begin, it goes on; else it hears of it (Withdrawn), and
+  is begun anew unless it knows better, so its unit says what is to be said now; when its exchange has
+  ended, it is over;
 - a task that shall end is cancelled, at once; nobody is told that it has ended before it has.
 """
 
@@ -65,8 +66,6 @@ from vhostfc.scsi.unit import LogicalUnit
 
 #: Commands that may run at a time for one initiator port; the others of its ration wait.
 AT_ONCE = 16
-#: Commands after which everybody has to look again, whatever the verdicts say: reservations, mode pages.
-_MAY_CHANGE_RIGHTS = frozenset({0x15, 0x16, 0x17, 0x55, 0x56, 0x57, 0x5F})
 _WRITES = frozenset(
     {
         fields.WRITE_6,
@@ -120,6 +119,7 @@ class _Running:
     done: trio.Event = field(default_factory=trio.Event)
     mask: bytes = b""
     epoch: int = 0
+    task: Task | None = None
 
     @property
     def nexus(self) -> Nexus:
@@ -289,7 +289,7 @@ class Runner:
 
     async def _execute(self, running: _Running) -> ScsiResult:
         exchange = running.exchange
-        task = Task(
+        running.task = task = Task(
             running.nexus,
             exchange.cmnd.cdb,
             exchange.data_out,
@@ -304,12 +304,10 @@ class Runner:
             server, running.served = self._resolve(exchange)
             if running.served is not None:
                 running.epoch = running.served.epoch
+                running.served.losses.known(running.nexus)
             result = await self._drive(server.execute(task), running.served, running, running.nexus)
-            if result is None:
-                continue
-            if running.served is not None and task.cdb[0] in _MAY_CHANGE_RIGHTS:
-                running.served.changed(epoch=True)
-            return result
+            if result is not None:
+                return result
         return _ABORTED  # which nobody hears
 
     async def _meet(self, running: _Running) -> ScsiResult | None:
@@ -324,7 +322,7 @@ class Runner:
     async def _drive(
         self, steps: Generator[Effect, object, T], served: Served | None, running: _Running | None, nexus: Nexus
     ) -> T | None:
-        """Run a unit's generator to its end; None when its right to the medium was withdrawn on the way."""
+        """Run a unit's generator to its end; None when it has to begin anew."""
         if served is None:
             try:
                 effect = next(steps)
@@ -377,7 +375,10 @@ class Runner:
             case Flush():
                 # With a write cache that is being turned off, no adapter may write behind the flush.
                 await served.barrier()
-                await medium.flush()
+                if running is None:
+                    await medium.flush()
+                else:
+                    await served.losses.sync(nexus, 0, medium.flush)
                 return None
             case Extents(lba, blocks):
                 return await medium.extents(lba, blocks)
@@ -406,9 +407,12 @@ class Runner:
                     holding.release(to=mark)
             case Write(lba, data, fua, atomic):
                 await holding.take(lba, len(data) // medium.block_size)
+                fua = fua or not served.unit.mode.write_cache  # it may have been switched off meanwhile
                 write = partial(medium.write, lba, data, fua=fua)
                 if atomic:
-                    write = partial(served.write_atomically, lba, data)
+                    write = partial(served.write_atomically, lba, data, holding)
+                if fua:
+                    write = partial(served.losses.sync, nexus, lba, write)
             case Fill(lba, blocks, block, unmap):
                 # What must be atomic is a block, and on a busy unit no large range is ever free all at once.
                 for first, count in medium.pieces(lba, blocks):
@@ -457,7 +461,9 @@ class Runner:
             if served.faults and running is not None:
                 _touch(effect, served, running)
             if isinstance(effect, Write):
-                await served.medium.write(effect.lba, effect.data, fua=effect.fua)
+                fua = effect.fua or not unit.mode.write_cache
+                work = partial(served.medium.write, effect.lba, effect.data, fua=fua)
+                await (served.losses.sync(nexus, effect.lba, work) if fua else work())
                 return None
             return await served.medium.read(effect.lba, blocks, fua=effect.fua)
 
@@ -489,15 +495,17 @@ class Runner:
 
     def _look_again(self, served: Served, running: _Running | None) -> None:
         """Before a write, after all waiting.  Raises Withdrawn or _Elsewhere."""
-        if running is None:
+        if running is None or running.task is None:
             return
         if running.exchange.over:
             raise _Elsewhere
-        server, _ = self._resolve(running.exchange)
-        if server is not served.unit:
+        unit = served.unit
+        if self._resolve(running.exchange)[0] is not unit:
             raise _Elsewhere
-        if running.epoch != served.epoch or narrows(running.mask, served.unit.verdict(running.nexus)):
+        narrowed = narrows(running.mask, unit.verdict(running.nexus))
+        if narrowed or (running.epoch != served.epoch and not unit.allows(running.task)):
             raise Withdrawn
+        running.epoch = served.epoch
 
     # ------------------------------------------------------------ ending them
 

@@ -24,6 +24,8 @@ from vhostfc.config import TargetConfig, UnitConfig
 from vhostfc.daemon import fabric_locks, media
 from vhostfc.daemon.fabric_journal import Journal
 from vhostfc.daemon.fabric_kept import KeptReservations
+from vhostfc.daemon.fabric_latch import Holding
+from vhostfc.daemon.fabric_losses import Losses
 from vhostfc.daemon.fencing import Fence, Numbers, Opening
 from vhostfc.daemon.media import Medium
 from vhostfc.daemon.notify import Notifier, PassedFd
@@ -37,6 +39,8 @@ from vhostfc.scsi.server import Inventory
 from vhostfc.scsi.task import MediumError, Nexus
 from vhostfc.scsi.unit import LogicalUnit
 
+#: The first pause and the longest between attempts to clear a journal, in seconds.
+RETRY, RETRY_MAX = 0.1, 10.0
 #: What makes two units of two configurations the same one: its medium.
 Key = tuple[str, str]
 #: What a file or a device is to the kernel: a word, and two numbers.
@@ -117,10 +121,10 @@ class Served:
     """See the head of the file.
 
     ready: nobody of an earlier life has the medium open, so it can be given out.  ordered: ORDERED tasks
-    that want to be alone.  epoch: grows with every command that may have changed who may do what.
+    that want to be alone.  epoch: grows whenever it has changed who may do what.
     keep, keep_note: make reservations and notes outlive us, False if that cannot be.  journal: for WRITE ATOMIC.
     turn: for commands that go one by one.
-    faults: what commands meet here; nobody does I/O past us while there are some.
+    faults: what commands meet here; nobody does I/O past us while there are some.  losses: of the host's cache.
     """
 
     def __init__(
@@ -132,6 +136,8 @@ class Served:
         keep: Callable[[State | None], Awaitable[bool]],
         keep_note: Callable[[str, bytes | None], Awaitable[bool]],
         journal: Journal,
+        nursery: trio.Nursery,
+        log: structlog.typing.FilteringBoundLogger,
     ) -> None:
         self.key = unit_key
         self.medium = medium
@@ -141,12 +147,18 @@ class Served:
         self.keep_note = keep_note
         self.journal = journal
         self.faults = UnitFaults()
+        self.losses = Losses(medium)
         self.turn = trio.Lock()
-        self._journaling = trio.Lock()
+        self._journaling = trio.Lock()  # the journal has room for one
         self.ready = False
         self.claiming = trio.CancelScope()
         self.ordered = 0
         self.epoch = 0
+        self._version = unit.version
+        self._uncleared: Holding | None = None  # the range of a record that stayed there
+        self._clearing = trio.CancelScope()
+        self._nursery = nursery
+        self._log = log
         self._operations: set[trio.Event] = set()
         self._draining: set[trio.Event] = set()
         self._told: dict[Nexus, bytes] = {}
@@ -172,13 +184,27 @@ class Served:
             self._operations.discard(done)
             done.set()
 
-    async def write_atomically(self, lba: int, data: bytes) -> None:
-        """All of it or nothing, in whatever way this ends; the range is latched.  Raises MediumError."""
+    async def write_atomically(self, lba: int, data: bytes, holding: Holding) -> None:
+        """All of it or nothing, in whatever way this ends; `holding` has the range.  Raises MediumError.
+
+        A record that stayed in the journal would undo what is written later, so as long as it cannot be cleared
+        the range stays latched, and no other record is written.
+        """
         if self.medium.kind is MediumKind.NULL:
             return
-        # The journal has room for one.  Who waits has its range latched, which nobody needs who is in here.
         async with self._journaling:
-            await self._write_journaled(lba, data)
+            if self._uncleared is not None and not await self._clear_journal():
+                raise MediumError(lba)
+            try:
+                await self._write_journaled(lba, data)
+            finally:
+                with trio.CancelScope(shield=True):
+                    cleared = await self._clear_journal()
+                    if not cleared:
+                        self._uncleared = holding.hand_over()
+                        self._nursery.start_soon(self._keep_clearing)
+            if not cleared:
+                raise MediumError(lba)
 
     async def _write_journaled(self, lba: int, data: bytes) -> None:
         medium = self.medium
@@ -193,22 +219,55 @@ class Served:
             except MediumError:
                 with suppress(MediumError):  # a hole that cannot be filled still is one
                     await medium.write(lba, before, fua=True)
-                await self._clear_journal(lba)
                 raise
-            await self._clear_journal(lba)
 
-    async def _clear_journal(self, lba: int) -> None:
+    async def _clear_journal(self) -> bool:
+        """Whether there is no record any more; then its range is free, if it was kept."""
         try:
             await trio.to_thread.run_sync(self.journal.clear)
         except OSError as error:
-            raise MediumError(lba) from error
+            self._log.error("cannot clear a journal", path=str(self.journal.path), reason=error.strerror)
+            return False
+        if self._uncleared is not None:
+            self._uncleared.release()
+            self._uncleared = None
+        return True
 
-    def _undo(self) -> None:
-        """Put back what a WRITE ATOMIC had begun to write over when an earlier life of ours ended."""
-        found = self.journal.load()
-        if found is not None and found[1] == self.medium.block_size and self.medium.can_write:
-            self.medium.restore(found[0], found[2])
-            self.journal.clear()
+    async def _keep_clearing(self) -> None:
+        self._log.error("blocks stay locked until it can be cleared", unit=self.medium.name)
+        pause, kept, self._clearing = RETRY, self._uncleared, trio.CancelScope()
+        with self._clearing:
+            while self._uncleared is kept:
+                await trio.sleep(pause)
+                pause = min(2 * pause, RETRY_MAX)
+                async with self._journaling:
+                    if self._uncleared is kept:
+                        with trio.CancelScope(shield=True):
+                            await self._clear_journal()
+
+    def _undo(self) -> bool:
+        """Put back what a WRITE ATOMIC had begun to write over when an earlier life of ours ended.
+
+        False: that cannot be done now, so what the unit holds may be neither the old nor the new.
+        """
+        try:
+            found = self.journal.load()
+            if found is not None and self.medium.can_write:
+                self.medium.restore(found[0] * found[1], found[2])
+                self.journal.clear()
+        except OSError as error:
+            path, unit = str(self.journal.path), self.medium.name
+            self._log.error("cannot undo half a WRITE ATOMIC", unit=unit, path=path, reason=error.strerror)
+            return False
+        return True
+
+    def close(self) -> None:
+        """The unit is not served any more; nobody has its medium open."""
+        self._clearing.cancel()
+        if self._uncleared is not None:
+            with suppress(OSError):
+                self.journal.clear()
+        self.medium.close()
 
     # ------------------------------------------------------------ fencing
 
@@ -218,6 +277,8 @@ class Served:
         epoch: what came before may not be right any more, whatever the verdicts say.  ending: nexuses whose
         commands in the adapters shall end.
         """
+        epoch |= self.unit.version != self._version
+        self._version = self.unit.version
         narrowed = self.fence.settle(ending) or epoch
         self.epoch += epoch
         for nexus, before in list(self._told.items()):
@@ -237,7 +298,10 @@ class Served:
     # ------------------------------------------------------------ the medium's earlier holders
 
     def claim(self) -> bool:
-        """Make the medium ours; False while somebody else has it open: an old adapter, another fabric."""
+        """Make the medium ours; False while somebody else has it open: an old adapter, another fabric.
+
+        False, too, while a write that was cut short cannot be undone.
+        """
         if self.medium.kind is not MediumKind.NULL and not self.ready:
             if fabric_locks.held(self.medium.fd) is not None:
                 return False
@@ -246,7 +310,8 @@ class Served:
             except BlockingIOError:
                 return False
             self.medium.settle()
-            self._undo()
+            if not self._undo():
+                return False
         self.ready = True
         return True
 
@@ -257,8 +322,12 @@ class Served:
             who = ", ".join(fabric_locks.holders(self.medium.fd)) or "a process that cannot be seen from here"
             log.warning("a unit is not served yet: its medium is still open elsewhere", unit=self.medium.name, by=who)
 
+        pause = RETRY
         while not self.claim():
             await fabric_locks.until_free(self.medium.fd, late=late)
+            if not self.claim():  # it may be the journal that does not let us
+                await trio.sleep(pause)
+                pause = min(2 * pause, RETRY_MAX)
 
 
 def narrows(before: bytes, now: bytes) -> bool:
@@ -321,7 +390,8 @@ class Maker:
             log=self._log,
         )
         keep, keep_note = partial(self._kept.save, naa), partial(self._kept.keep_note, naa)
-        return Served(unit_key, medium, unit, fence, keep, keep_note, self._kept.journal(naa))
+        journal = self._kept.journal(naa)
+        return Served(unit_key, medium, unit, fence, keep, keep_note, journal, self._nursery, self._log)
 
     def unit(self, medium: Medium, naa: bytes, node: Wwn, physical: int | None) -> LogicalUnit:
         """The device server of a medium; what ports lead to it is known when it is placed.
@@ -354,7 +424,7 @@ class Maker:
         if served.key[0] == "memory":
             self._store.remove(served.key[1], served.unit.identity.naa[0])
             self._kept.forget(served.unit.identity.naa[0])
-        served.medium.close()
+        served.close()
 
     def _open(self, unit_key: Key, config: UnitConfig) -> tuple[Medium, bytes]:
         kind, where = unit_key

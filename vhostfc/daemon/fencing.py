@@ -60,12 +60,13 @@ class Adapter(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What a nexus may do by itself on a unit.  gone: the nexus or the unit is no more."""
+    """What a nexus may do by itself on a unit.  gone: the nexus or the unit is no more.  losses: see fabric_losses."""
 
     mask: bytes = _NOTHING
     read_only: bool = False
     blocks: int = 0
     gone: bool = False
+    losses: int = 0
 
     def narrows(self, before: Verdict) -> bool:
         """Is something forbidden that was allowed before?"""
@@ -313,6 +314,7 @@ class Fence:
             owner=opening.owner,
             block_size=self.medium.block_size,
             blocks=verdict.blocks,
+            losses=verdict.losses,
         )
         opening.adapter.post(route, fds)
         if narrow:

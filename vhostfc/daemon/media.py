@@ -22,6 +22,7 @@ import mmap
 import os
 import stat
 import struct
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TypeVar
@@ -47,12 +48,16 @@ _BLKSSZGET, _BLKGETSIZE64, _BLKZEROOUT, _BLKROGET = 0x1268, 0x80081272, 0x127F, 
 T = TypeVar("T")
 
 
+class NotSynced(MediumError):
+    """What the host had in its cache did not get to the medium: not only of this command, and not another time."""
+
+
 class Medium:
     """The blocks of one unit.  Made by memory(), file(), block() and null() below; close() gives it up.
 
     read_only: what others are given; can_write: what we could do.  fd: -1 for null.  latch_fd: the memfd
     that goes to adapters with the fd.  Blocks and ranges are in units of block_size; what a caller asks
-    for is inside `blocks`.  Failures are scsi's MediumError.
+    for is inside `blocks`.  Failures are scsi's MediumError; those of a sync are NotSynced, and counted.
     """
 
     def __init__(
@@ -76,6 +81,8 @@ class Medium:
         self.is_device = fd >= 0 and stat.S_ISBLK(os.fstat(fd).st_mode)
         self.latch_fd = -1
         self.latch: Latch | None = None
+        self._known = 0  # of the losses, by our description
+        self._syncing = threading.Lock()  # of two that sync at a time the kernel tells only one
         self._limiter = trio.CapacityLimiter(THREADS)
         self._inherited = latch_fd is not None
         if kind is not MediumKind.NULL:
@@ -161,16 +168,31 @@ class Medium:
         if self.kind is not MediumKind.NULL:
             await self._run(len(data), lambda: self._write(lba, data, fua))
 
-    def restore(self, lba: int, data: bytes) -> None:
-        """Write at once, before anybody is served.  Raises MediumError."""
-        if self.kind is not MediumKind.NULL and (lba + len(data) // self.block_size) <= self.blocks:
-            self._write(lba, data, fua=True)
+    def restore(self, offset: int, data: bytes) -> None:
+        """Write at once, before anybody is served; bytes, since the blocks may have been other ones.  Raises OSError.
+
+        By a description without O_DIRECT, which takes whole device blocks only.
+        """
+        if self.kind is MediumKind.NULL or offset + len(data) > self.blocks * self.block_size:
+            return
+        fd = os.open(f"/proc/self/fd/{self.fd}", os.O_RDWR | os.O_CLOEXEC)
+        try:
+            done = 0
+            while done < len(data):
+                done += os.pwrite(fd, data[done:], offset + done)
+            os.fsync(fd)
+        finally:
+            os.close(fd)
 
     async def fill(self, lba: int, blocks: int, block: bytes, *, unmap: bool = False) -> None:
         """unmap, with a block of zeros: the medium may drop the blocks, and they read as zeros."""
         if self.kind is not MediumKind.NULL:
             drop = unmap and not any(block)
             await self._run(blocks * self.block_size, lambda: self._fill(lba, blocks, block, drop))
+
+    def losses(self) -> int:
+        """How often the host lost what it had in its cache; see fabric_losses."""
+        return self.latch.losses() if self.latch is not None else 0
 
     async def flush(self) -> None:
         if self.kind in {MediumKind.FILE, MediumKind.DIRECT}:
@@ -199,10 +221,16 @@ class Medium:
     def _sync(self, lba: int) -> None:
         if self.kind is MediumKind.MEMORY:
             return
-        try:
-            os.fdatasync(self.fd)
-        except OSError as error:
-            raise self._failed(lba, error) from error
+        with self._syncing:
+            before = self.losses()
+            try:
+                os.fdatasync(self.fd)
+            except OSError as error:
+                if self.latch is not None and before >> 32 == self._known >> 32:  # else: others have counted it
+                    before = self.latch.lost(before)
+                raise NotSynced(lba) from error
+            finally:
+                self._known = before
 
     def _read(self, lba: int, length: int, fua: bool) -> bytes:
         if fua:

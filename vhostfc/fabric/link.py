@@ -32,7 +32,7 @@ import struct
 from dataclasses import dataclass
 from typing import ClassVar
 
-VERSION = 1
+VERSION = 2
 #: The longest message: a FRAME with 2112 bytes of payload.
 MAX_MESSAGE = 4096
 MAX_FDS = 2
@@ -106,7 +106,8 @@ class Route:
     """The verdict on one I_T_L nexus, to be in force before it is acknowledged.
 
     seq: the Open's, or the fabric's own with the top bit set.  mask: opcodes that the adapter may run
-    itself.  gone: the unit or the login is no more; nexus 0 with gone is a refused Open.
+    itself.  gone: the unit or the login is no more; nexus 0 with gone is a refused Open.  losses: what the nexus
+    knows of the host's losses; while the count beside the range latch is another, what syncs goes to the fabric.
     fds: none for MediumKind NONE and NULL, else [medium, latch].
     """
 
@@ -122,6 +123,7 @@ class Route:
     owner: int = 0  # this nexus in the range latch
     block_size: int = 0
     blocks: int = 0
+    losses: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +176,7 @@ class Pong:
 Message = Hello | Frame | Open | Route | RouteAck | Close | Note | LatchStuck | Ping | Pong
 
 _OPEN = struct.Struct("!I3s3s8s")
-_ROUTE = struct.Struct("!III32sBBBBIIQ")
+_ROUTE = struct.Struct("!III32sBBBBIIQQ")
 _GONE, _READ_ONLY = 1, 2
 _MAX_TEXT = 1024
 
@@ -190,9 +192,8 @@ def encode(message: Message) -> bytes:
             body = _OPEN.pack(seq, s_id.to_bytes(3, "big"), d_id.to_bytes(3, "big"), lun)
         case Route() as r:
             flags = _GONE * r.gone | _READ_ONLY * r.read_only
-            body = _ROUTE.pack(
-                r.seq, r.nexus, r.epoch, r.mask, r.in_flight, flags, r.medium, 0, r.owner, r.block_size, r.blocks
-            )
+            sizes = r.owner, r.block_size, r.blocks, r.losses
+            body = _ROUTE.pack(r.seq, r.nexus, r.epoch, r.mask, r.in_flight, flags, r.medium, 0, *sizes)
         case RouteAck(value) | Close(value) | Ping(value) | Pong(value):
             body = struct.pack("!I", value)
         case Note(text):
@@ -229,7 +230,8 @@ def decode(packet: bytes) -> Message:
                 seq, s_id, d_id, lun = _OPEN.unpack(body)
                 return Open(seq, int.from_bytes(s_id, "big"), int.from_bytes(d_id, "big"), lun)
             case Kind.ROUTE:
-                seq, nexus, epoch, mask, in_flight, flags, medium, _, owner, block_size, blocks = _ROUTE.unpack(body)
+                seq, nexus, epoch, mask, in_flight, flags, medium, _, owner, *sizes = _ROUTE.unpack(body)
+                block_size, blocks, losses = sizes
                 return Route(
                     seq=seq,
                     nexus=nexus,
@@ -242,6 +244,7 @@ def decode(packet: bytes) -> Message:
                     owner=owner,
                     block_size=block_size,
                     blocks=blocks,
+                    losses=losses,
                 )
             case Kind.ROUTE_ACK:
                 return RouteAck(*struct.unpack("!I", body))

@@ -49,6 +49,7 @@ def native_medium(route: link.Route, fds: list[int]) -> Medium:
         owner=route.owner,
         fd=fd,
         latch_fd=latch_fd,
+        losses=route.losses,
     )
 
 

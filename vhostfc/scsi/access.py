@@ -89,11 +89,35 @@ def _always(command: Command, cdb: bytes) -> bool:
 
 
 class Reservations:
-    """The reservations of one unit.  state: the persistent ones; reserved: the nexus that has sent RESERVE."""
+    """The reservations of one unit.  state: the persistent ones; reserved: the nexus that has sent RESERVE.
+
+    version: grows with every change of these; no earlier state has the same one.  in_doubt: it could not be kept,
+    so what is on stable storage may be something else.
+    """
 
     def __init__(self) -> None:
-        self.state = State()
-        self.reserved: Nexus | None = None
+        self.version = 0
+        self.in_doubt = False
+        self._state = State()
+        self._reserved: Nexus | None = None
+
+    @property
+    def state(self) -> State:
+        return self._state
+
+    @state.setter
+    def state(self, state: State) -> None:
+        self.version += state != self._state
+        self._state = state
+
+    @property
+    def reserved(self) -> Nexus | None:
+        return self._reserved
+
+    @reserved.setter
+    def reserved(self, nexus: Nexus | None) -> None:
+        self.version += nexus != self._reserved
+        self._reserved = nexus
 
     def right(self, nexus: Nexus) -> Right:
         """What a nexus may do with the medium now."""
@@ -184,8 +208,10 @@ def persistent_reserve_out(unit: Unit, _command: Command, task: Task) -> Steps:
     ports = [port.relative for port in unit.identity.ports] or [task.nexus.port]
     change = _obey(here.state, task, request, ports)
     kept = change.state.kept
-    if kept != here.state.kept and not (yield Keep(kept)):
-        raise CheckCondition(Sense(SenseKey.HARDWARE_ERROR, Asc.INTERNAL_TARGET_FAILURE))
+    if kept != here.state.kept or here.in_doubt:
+        here.in_doubt = not (yield Keep(kept))
+        if here.in_doubt:
+            raise CheckCondition(Sense(SenseKey.HARDWARE_ERROR, Asc.INTERNAL_TARGET_FAILURE))
     here.state = change.state
     for asc, nexuses in change.attentions:
         unit.attentions.establish(asc, nexuses)

@@ -60,11 +60,13 @@ class ModePages:
         self._identity = identity
         self._formats = formats(identity)
         self._current: dict[int, bytes] = {}
+        self.version = 0  # grows with every change
         self.reset()
 
     def reset(self) -> None:
         """Back to the default values, as after a logical unit reset."""
         self._current = {code: one.default for code, one in self._formats.items()}
+        self.version += 1
 
     @property
     def d_sense(self) -> bool:
@@ -138,6 +140,7 @@ class ModePages:
             raise illegal(Asc.PARAMETER_LIST_LENGTH_ERROR)
         wanted = self._wanted(data[:length], blocks, ten=ten)
         changed = wanted != self._current
+        self.version += changed
         self._current = wanted
         return changed
 

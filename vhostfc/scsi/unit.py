@@ -162,6 +162,19 @@ class LogicalUnit:
         flushes = self.identity.write_cache and not self.mode.write_cache
         return _MASK_READ if self.mode.write_protected or flushes else _MASK_ALL
 
+    @property
+    def version(self) -> int:
+        """Grows with every change of reservations and mode pages, by which a command may have lost its right."""
+        return self.reservations.version + self.mode.version
+
+    def allows(self, task: Task) -> bool:
+        """Could this command, which is under way, begin now?"""
+        try:
+            self.check(fields.parse(task.cdb, thin=self.identity.thin), task)
+        except (ReservationConflict, CheckCondition):
+            return False
+        return True
+
     def _access_state(self, nexus: Nexus) -> AccessState:
         return self.access.state(self.identity.group(nexus.port))
 
