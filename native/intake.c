@@ -172,6 +172,7 @@ int intake_run(struct worker *worker, struct ring *ring)
 		ring->empty_since = 0;
 		ring->shallow = count <= SMALL_BATCH;
 		worker->credit -= (int)count;
+		move_count(worker, ring, count);
 	}
 
 	hold.count = 0;

@@ -40,6 +40,11 @@ static void replace_fd(int *at, int fd)
 		fcntl(fd, F_SETFL, fcntl(fd, F_GETFL) | O_NONBLOCK);
 }
 
+static inline void deactivate(struct worker *worker, const struct ring *ring)
+{
+	worker->active[ring->index / 64] &= ~(1ull << (ring->index % 64));
+}
+
 int ring_get(struct worker *worker, uint32_t index, struct ring **ret_ring)
 {
 	struct ring *ring;
@@ -95,9 +100,35 @@ static int make_pool(struct ring *ring, uint32_t size)
 	return -ENOMEM;
 }
 
-int ring_start(struct worker *worker, struct ring *ring, struct vfc_ring_setup *setup)
+int ring_listen(struct worker *worker, struct ring *ring, int kick_fd)
 {
 	struct epoll_event event = { .events = EPOLLIN | EPOLLET, .data.u32 = ring->index };
+
+	if (kick_fd >= 0 && epoll_ctl(worker->epoll_fd, EPOLL_CTL_ADD, kick_fd, &event) < 0)
+		return -errno;
+	if (kick_fd < 0)
+		worker->polled++;
+	ring->armed = true;
+	ring->empty_since = 0;
+	ring_activate(worker, ring);
+	return 0;
+}
+
+void ring_leave(struct worker *worker, struct ring *ring)
+{
+	ring_publish_all(worker);
+	deactivate(worker, ring);
+	if (ring->kick_fd >= 0)
+		epoll_ctl(worker->epoll_fd, EPOLL_CTL_DEL, ring->kick_fd, NULL);
+	else
+		worker->polled--;
+	ring->stop = NULL;
+	ring->expired = false;
+	worker->stopping--;
+}
+
+int ring_start(struct worker *worker, struct ring *ring, struct vfc_ring_setup *setup)
+{
 	struct vq vq;
 	int error;
 
@@ -116,8 +147,8 @@ int ring_start(struct worker *worker, struct ring *ring, struct vfc_ring_setup *
 		memset(ring->places, 0, setup->size * sizeof(*ring->places));
 		error = vq_begin(&vq, setup->base, ring->places);
 	}
-	if (!error && setup->kick_fd >= 0 && epoll_ctl(worker->epoll_fd, EPOLL_CTL_ADD, setup->kick_fd, &event) < 0)
-		error = -errno;
+	if (!error)
+		error = ring_listen(worker, ring, setup->kick_fd);
 	if (error)
 		return error;
 
@@ -129,14 +160,9 @@ int ring_start(struct worker *worker, struct ring *ring, struct vfc_ring_setup *
 	setup->kick_fd = setup->call_fd = setup->err_fd = -1;
 	ring->broken = false;
 	ring->started = true;
-	ring->armed = true;
 	ring->shallow = false;
-	ring->empty_since = 0;
-	if (ring->kick_fd < 0)
-		worker->polled++;
 	if (ring->role == VFC_RING_EVENT)
 		worker->event_ring = ring;
-	ring_activate(worker, ring);
 	return 0;
 }
 
@@ -247,11 +273,6 @@ static bool goes_on(struct worker *worker, struct ring *ring)
 	return vq_rearm(&ring->vq);
 }
 
-static inline void deactivate(struct worker *worker, const struct ring *ring)
-{
-	worker->active[ring->index / 64] &= ~(1ull << (ring->index % 64));
-}
-
 /*
  * One batch, and those that come at once after it where nothing else is to be done.  The ring stays active until it was
  * found empty after its notifications were armed again.
@@ -338,24 +359,18 @@ static void finish_stop(struct worker *worker, struct ring *ring)
 {
 	struct mail *mail = ring->stop;
 
-	ring_publish_all(worker);
-	if (ring->kick_fd >= 0) {
-		epoll_ctl(worker->epoll_fd, EPOLL_CTL_DEL, ring->kick_fd, NULL);
-		replace_fd(&ring->kick_fd, -1);
-	} else {
-		worker->polled--;
-	}
+	ring_leave(worker, ring);
+	replace_fd(&ring->kick_fd, -1);
 	if (worker->event_ring == ring)
 		worker->event_ring = NULL;
 	ring->started = false;
-	ring->stop = NULL;
-	ring->expired = false;
-	worker->stopping--;
 	mailbox_ack(&worker->box, mail, 0, vq_base(&ring->vq));
 }
 
 void ring_stop(struct worker *worker, struct ring *ring, struct mail *mail)
 {
+	if (ring_moves(ring))
+		move_give_up(worker, ring, -ECANCELED);
 	if (ring->stop) {
 		mailbox_ack(&worker->box, mail, -EBUSY, 0);
 	} else if (!ring->started) {
@@ -380,14 +395,22 @@ void ring_settle(struct worker *worker, struct ring *ring, uint64_t now)
 	if (!ring->stop)
 		return;
 	if (ring->in_flight && now >= ring->deadline && !ring->expired) {
+		if (ring_moves(ring)) {
+			move_give_up(worker, ring, -ETIMEDOUT);
+			return;
+		}
 		ring->expired = true;
 		ring_kill_all(worker, ring);
 	}
-	if (!ring->in_flight)
+	if (ring->in_flight)
+		return;
+	if (ring_moves(ring))
+		move_away(worker, ring);
+	else
 		finish_stop(worker, ring);
 }
 
-void ring_free(struct worker *worker, struct ring *ring)
+void ring_free(struct ring *ring)
 {
 	if (!ring)
 		return;
@@ -396,6 +419,5 @@ void ring_free(struct worker *worker, struct ring *ring)
 	replace_fd(&ring->kick_fd, -1);
 	replace_fd(&ring->call_fd, -1);
 	replace_fd(&ring->err_fd, -1);
-	worker->rings[ring->index] = NULL;
 	free(ring);
 }

@@ -24,13 +24,14 @@ SOURCES = {
         "rings",
         "packed",
         "polling",
+        "moves",
         "fencing",
         "paths",
         "generic",
         "memory",
         "together",
     ),
-    "thread": ("rings", "packed", "polling", "fencing", "paths", "memory", "together"),
+    "thread": ("rings", "packed", "polling", "moves", "fencing", "paths", "memory", "together"),
 }
 #: Tests that are about commands, and so run over rings of each layout (see HARNESS_LAYOUT in harness.h).
 COMMANDS = ("requests", "fencing", "paths", "generic", "memory")
