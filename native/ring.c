@@ -20,6 +20,7 @@
 #define VIRTIO_SCSI_F_T10_PI 3
 #define EVENT_BYTES 16	/* struct virtio_scsi_event */
 #define WATCH 32	/* looks at a ring that is watched, at a time */
+#define FAR 3		/* times that a ring's next command came later than anybody would look, in a row */
 
 static void signal_fd(int fd)
 {
@@ -161,6 +162,8 @@ int ring_start(struct worker *worker, struct ring *ring, struct vfc_ring_setup *
 	ring->broken = false;
 	ring->started = true;
 	ring->shallow = false;
+	ring->gap = worker->poll_ns;
+	ring->far = 0;
 	if (ring->role == VFC_RING_EVENT)
 		worker->event_ring = ring;
 	return 0;
@@ -238,10 +241,39 @@ static int take_control(struct worker *worker, struct ring *ring)
 }
 
 /*
+ * Looking at an empty ring takes a CPU, perhaps from the device or the driver that is to fill it.  It pays for about as
+ * long as the ring is mostly empty (a few times that: what comes later is better waited for), and not at all where that
+ * is longer than anybody would look.  While the kernel has commands it is their ends that bring the next ones, so we
+ * wake up anyway: then only a driver that answers at once is looked at.
+ */
+static uint64_t patience(const struct worker *worker, const struct ring *ring)
+{
+	uint64_t most = worker->poll_ns, least = most / 8, wanted = 4 * ring->gap;
+
+	if (ring->far >= FAR)
+		return 0;
+	return wanted < least || worker->running ? least : wanted < most ? wanted : most;
+}
+
+void ring_tune(struct worker *worker, struct ring *ring)
+{
+	uint64_t gap = (ring->slept ? worker_now() : ring->looked) - ring->empty_since;
+
+	ring->slept = false;
+	ring->empty_since = 0;
+	if (gap < worker->poll_ns) {
+		ring->gap = (7 * ring->gap + gap) / 8;
+		ring->far = 0;
+	} else if (ring->far < FAR) {
+		ring->far++;
+	}
+}
+
+/*
  * Watch a ring closely for a moment, where nothing else is to be done.  A driver that has few commands mostly uses the
  * same memory for the next one: while the cache looks for the ring's, it can bring that as well.
  */
-static bool watch(struct worker *worker, const struct ring *ring)
+static bool watch(struct worker *worker, struct ring *ring)
 {
 	if (!worker->poll_ns || ring->role != VFC_RING_REQUEST || worker->running || worker->parked ||
 	    worker->unsettled || worker->stopping || worker->draining || worker->credit < 0 ||
@@ -251,6 +283,7 @@ static bool watch(struct worker *worker, const struct ring *ring)
 	for (unsigned i = 0; i < WATCH; i++) {
 		if (!vq_waiting(&ring->vq))
 			continue;
+		ring->gap -= ring->gap / 8;	/* it was empty for a moment */
 		__builtin_prefetch((const void *)(uintptr_t)ring->last_header);
 		__builtin_prefetch((const void *)(uintptr_t)ring->last_answer, 1);
 		return true;
@@ -266,8 +299,10 @@ static bool goes_on(struct worker *worker, struct ring *ring)
 
 		if (!ring->empty_since)
 			ring->empty_since = now;
-		if (now - ring->empty_since < worker->poll_ns)
+		ring->looked = now;
+		if (now - ring->empty_since < patience(worker, ring))
 			return true;
+		ring->slept = true;
 	}
 	ring->armed = true;
 	return vq_rearm(&ring->vq);

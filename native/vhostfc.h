@@ -106,7 +106,7 @@ struct vfc_engine_setup {
 	uint32_t max_punts;		/* ration: punted commands at a time, then TASK SET FULL */
 	uint32_t max_transfer;		/* bytes; a command that moves more is punted */
 	uint64_t max_punt_bytes;	/* ration: bytes of punted data, out and in, at a time */
-	uint32_t poll_us;		/* a ring is polled for so long after its last command; 0: never */
+	uint32_t poll_us;		/* a ring is polled for so long after its last command, at most; 0: never */
 	uint32_t pad;
 };
 #define VFC_ENGINE_NO_URING 1	/* pretend that io_uring is denied */

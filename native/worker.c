@@ -374,8 +374,11 @@ static int patience(const struct worker *worker)
 static void wait_for_work(struct worker *worker, int timeout)
 {
 	struct epoll_event events[EVENTS];
-	int count = epoll_wait(worker->epoll_fd, events, EVENTS, timeout);
+	int count;
 
+	if (worker->peer_count > 1 && timeout)
+		move_rest(worker);
+	count = epoll_wait(worker->epoll_fd, events, EVENTS, timeout);
 	if (worker->peer_count > 1)
 		move_look(worker);
 	worker->credit = CREDIT;

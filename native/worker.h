@@ -118,6 +118,10 @@ struct ring {
 	bool armed;		/* the driver is asked for kicks */
 	bool shallow;		/* few commands at a time lately */
 	uint64_t empty_since;	/* ns; 0: there was work at the last look */
+	uint64_t looked;	/* ns: the last look at it since then */
+	bool slept;		/* nobody looks at it since then */
+	uint8_t far;		/* times in a row that it was empty for longer than anybody looks */
+	uint64_t gap;		/* ns: mean of how long it is empty otherwise */
 	uintptr_t last_header, last_answer;	/* where a command was: no more than a guess at the next, never used */
 	int kick_fd, call_fd, err_fd;
 	uint32_t in_flight;
@@ -167,7 +171,7 @@ struct worker {
 	uint32_t running;	/* commands with a path */
 	struct ring *rings[VFC_MAX_RINGS];
 	uint64_t active[VFC_MAX_RINGS / 64];	/* rings that may have something, or are polled */
-	uint64_t poll_ns;	/* how long a ring is polled after its last command */
+	uint64_t poll_ns;	/* how long a ring is polled after its last command, at most */
 	unsigned batch;		/* commands that a ring may have in this round */
 	int credit;		/* of work until the next look at what else there is */
 	struct ring *dirty;	/* rings with used entries to publish */
@@ -212,6 +216,8 @@ int ring_get(struct worker *worker, uint32_t index, struct ring **ret_ring);
 /* Takes the fds of the setup. */
 int ring_start(struct worker *worker, struct ring *ring, struct vfc_ring_setup *setup);
 void ring_run(struct worker *worker, struct ring *ring);
+/* It is not empty any more. */
+void ring_tune(struct worker *worker, struct ring *ring);
 void ring_break(struct worker *worker, struct ring *ring, int error);
 void ring_stop(struct worker *worker, struct ring *ring, struct mail *mail);
 /* Goes on with stops: those that nothing holds up are acked, those whose time is over cancel what is left. */
@@ -261,7 +267,7 @@ void move_give_up(struct worker *worker, struct ring *ring, int error);
 void move_arrive(struct worker *worker, struct mail *mail);
 /* Now and then: says so when it would be good to have less to do. */
 void move_look(struct worker *worker);
-/* The turn that begins after a rest, and a turn's end. */
+/* What is taken after a rest; a turn's end, or a sleep's begin. */
 void move_begin(struct worker *worker);
 void move_rest(struct worker *worker);
 
