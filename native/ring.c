@@ -250,7 +250,7 @@ static uint64_t patience(const struct worker *worker, const struct ring *ring)
 {
 	uint64_t most = worker->poll_ns, least = most / 8, wanted = 4 * ring->gap;
 
-	if (ring->far >= FAR)
+	if (ring->far >= FAR || (worker->running && ring->gap > least))
 		return 0;
 	return wanted < least || worker->running ? least : wanted < most ? wanted : most;
 }
