@@ -36,6 +36,7 @@ static inline void release(struct worker *worker, struct command *command, uint3
 	}
 	command->state = COMMAND_FREE;
 	view_put(worker, command->view);
+	add_to(&worker->work[ring->index], command->chain.read_bytes + command->chain.write_bytes);
 	ADD(worker, in_flight, -1);
 	if (!--ring->in_flight && ring->stop)
 		worker->unsettled = true;

@@ -26,13 +26,15 @@ struct vfc_engine {
 
 /* ---------------------------------------------------------------- beginning and end */
 
-static int open_worker(struct worker *worker, struct ration *ration, uint32_t index)
+static int open_worker(struct vfc_engine *engine, struct worker *worker, uint32_t index, uint32_t count)
 {
 	void *live;
 	int error;
 
 	worker->index = index;
-	worker->ration = ration;
+	worker->ration = &engine->ration;
+	worker->peers = engine->workers;
+	worker->peer_count = count;
 	worker->media = path_media_engine();
 	worker->epoll_fd = -1;
 	error = mailbox_open(&worker->box);
@@ -115,7 +117,7 @@ int vfc_engine_new(const struct vfc_engine_setup *setup, struct vfc_engine **ret
 	engine->ration.max_bytes = setup->max_punt_bytes;
 	engine->ration.max_transfer = setup->max_transfer;
 	for (; engine->count < setup->workers && !error; engine->count++)
-		error = open_worker(&engine->workers[engine->count], &engine->ration, engine->count);
+		error = open_worker(engine, &engine->workers[engine->count], engine->count, setup->workers);
 	for (uint32_t i = 0; i < engine->count; i++)
 		engine->workers[i].poll_ns = setup->poll_us * 1000ull;
 	if (!error && (setup->flags & VFC_ENGINE_NO_URING || open_files(engine, true)))
@@ -256,7 +258,7 @@ int vfc_post(struct vfc_engine *engine, uint32_t index, const struct vfc_msg *ms
 	struct mail *mail;
 	int error;
 
-	if (index >= engine->count || msg->kind < VFC_MSG_PING || msg->kind > VFC_MSG_RESET)
+	if (index >= engine->count || msg->kind < VFC_MSG_PING || msg->kind > VFC_MSG_RING_MOVE)
 		return -EINVAL;
 	if (msg->kind == VFC_MSG_MEM && !msg->mem)
 		return -EINVAL;
@@ -353,5 +355,14 @@ int vfc_stats(struct vfc_engine *engine, uint32_t index, struct vfc_stats *ret_s
 	from = (const uint64_t *)&engine->workers[index].stats;
 	for (size_t i = 0; i < sizeof(*ret_stats) / sizeof(*to); i++)
 		to[i] = __atomic_load_n(&from[i], __ATOMIC_RELAXED);
+	return 0;
+}
+
+int vfc_work(struct vfc_engine *engine, uint32_t index, uint64_t *ret_work)
+{
+	if (index >= engine->count)
+		return -EINVAL;
+	for (size_t i = 0; i < VFC_MAX_RINGS; i++)
+		ret_work[i] = __atomic_load_n(&engine->workers[index].work[i], __ATOMIC_RELAXED);
 	return 0;
 }

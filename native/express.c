@@ -304,6 +304,7 @@ static inline __attribute__((always_inline)) void run(struct worker *worker, str
 		ADD(worker, fast, count - rest);
 		ADD(worker, read_bytes, bytes[0]);
 		ADD(worker, written_bytes, bytes[1]);
+		add_to(&worker->work[ring->index], bytes[0] + bytes[1]);
 	}
 }
 

@@ -277,21 +277,24 @@ static int next_split(struct lane *lane, uint32_t *ret_slot, uint32_t *ret_lengt
 	return 1;
 }
 
-static bool is_used(const struct lane *lane)
+/* Length, id and flags, as the device may have written them: in one piece or, the flags last, in several. */
+static bool is_used(const struct lane *lane, uint64_t *ret_word)
 {
-	uint16_t flags = load16(&desc_at(lane, lane->used)->fourth);
+	const uint64_t *at = (const uint64_t *)(const void *)&desc_at(lane, lane->used)->len;
+	uint64_t word = le64toh(__atomic_load_n(at, __ATOMIC_ACQUIRE)), flags = word >> 48;
 
+	*ret_word = word;
 	return !!(flags & DESC_AVAIL) == lane->used_wrap && !!(flags & DESC_USED) == lane->used_wrap;
 }
 
 static int next_packed(struct lane *lane, uint32_t *ret_slot, uint32_t *ret_length)
 {
-	const struct vfd_desc *desc = desc_at(lane, lane->used);
+	uint64_t word;
 
-	if (!lane->out || !is_used(lane))
+	if (!lane->out || !is_used(lane, &word))
 		return 0;
-	*ret_slot = le16toh(desc->third);
-	*ret_length = le32toh(desc->len);
+	*ret_slot = (uint16_t)(word >> 32);
+	*ret_length = (uint32_t)word;
 	advance(lane, &lane->used, &lane->used_wrap, lane->step);
 	return 1;
 }
@@ -318,6 +321,8 @@ void lane_hush(struct lane *lane)
 
 bool lane_arm(struct lane *lane)
 {
+	uint64_t word;
+
 	if (is_packed(lane)) {
 		store16(avail16(lane, EVENT_PLACE), lane->used | (uint16_t)(lane->used_wrap << WRAP_BIT));
 		store16(avail16(lane, EVENT_FLAGS), has_event_idx(lane) ? EVENT_DESC : EVENT_ENABLE);
@@ -327,5 +332,5 @@ bool lane_arm(struct lane *lane)
 		store16(avail16(lane, 0), 0);
 	}
 	vfd_fence();
-	return is_packed(lane) ? !is_used(lane) : load16(used16(lane, 1)) == lane->used;
+	return is_packed(lane) ? !is_used(lane, &word) : load16(used16(lane, 1)) == lane->used;
 }

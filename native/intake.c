@@ -169,9 +169,11 @@ int intake_run(struct worker *worker, struct ring *ring)
 	unsigned count = vq_take(&ring->vq, heads, worker->batch, &more), ready = 0;
 
 	if (count) {
-		ring->empty_since = 0;
+		if (ring->empty_since)
+			ring_tune(worker, ring);
 		ring->shallow = count <= SMALL_BATCH;
 		worker->credit -= (int)count;
+		move_count(worker, ring, count);
 	}
 
 	hold.count = 0;

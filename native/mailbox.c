@@ -106,7 +106,7 @@ void mailbox_post(struct mailbox *box, struct mail *mail)
 	was_empty = !box->first;
 	*box->last = mail;
 	box->last = &mail->next;
-	if (mail->kind == MAIL_MESSAGE)
+	if (mail->kind == MAIL_MESSAGE || mail->kind == MAIL_RING)
 		atomic_store_explicit(&box->pressing, true, memory_order_relaxed);
 	pthread_mutex_unlock(&box->lock);
 	if (was_empty)

@@ -1,5 +1,5 @@
 /*
- * mailbox.h - messages between Python and one worker, both ways.
+ * mailbox.h - messages between Python and one worker, both ways; and rings that go from worker to worker.
  *
  * A lock guards each list, held for a few instructions and never while anything else is done; no I/O takes it.
  */
@@ -18,7 +18,9 @@ struct note {
 	struct vfc_event event;
 };
 
-enum mail_kind { MAIL_MESSAGE, MAIL_REPLY, MAIL_REPLY_CONTROL, MAIL_QUIT };
+enum mail_kind { MAIL_MESSAGE, MAIL_REPLY, MAIL_REPLY_CONTROL, MAIL_RING, MAIL_QUIT };
+
+struct ring;
 
 /*
  * What a worker is told.  It becomes its own acknowledgement, so an ack needs no memory that might not be there:
@@ -32,6 +34,7 @@ struct mail {
 	bool kept;		/* ABORT: one of them was answered without the device */
 	struct vfc_msg msg;	/* MAIL_MESSAGE: fds are dup'ed, mem and medium held */
 	struct vfc_answer answer;	/* MAIL_REPLY*: sense and data_in point behind the mail */
+	struct ring *ring;	/* MAIL_RING: from another worker, which has no more to do with it; ->msg as that was told */
 };
 
 struct mailbox {

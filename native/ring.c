@@ -20,6 +20,7 @@
 #define VIRTIO_SCSI_F_T10_PI 3
 #define EVENT_BYTES 16	/* struct virtio_scsi_event */
 #define WATCH 32	/* looks at a ring that is watched, at a time */
+#define FAR 3		/* times that a ring's next command came later than anybody would look, in a row */
 
 static void signal_fd(int fd)
 {
@@ -38,6 +39,11 @@ static void replace_fd(int *at, int fd)
 	/* Whoever holds the other end must not be able to make us wait. */
 	if (fd >= 0)
 		fcntl(fd, F_SETFL, fcntl(fd, F_GETFL) | O_NONBLOCK);
+}
+
+static inline void deactivate(struct worker *worker, const struct ring *ring)
+{
+	worker->active[ring->index / 64] &= ~(1ull << (ring->index % 64));
 }
 
 int ring_get(struct worker *worker, uint32_t index, struct ring **ret_ring)
@@ -95,9 +101,35 @@ static int make_pool(struct ring *ring, uint32_t size)
 	return -ENOMEM;
 }
 
-int ring_start(struct worker *worker, struct ring *ring, struct vfc_ring_setup *setup)
+int ring_listen(struct worker *worker, struct ring *ring, int kick_fd)
 {
 	struct epoll_event event = { .events = EPOLLIN | EPOLLET, .data.u32 = ring->index };
+
+	if (kick_fd >= 0 && epoll_ctl(worker->epoll_fd, EPOLL_CTL_ADD, kick_fd, &event) < 0)
+		return -errno;
+	if (kick_fd < 0)
+		worker->polled++;
+	ring->armed = true;
+	ring->empty_since = 0;
+	ring_activate(worker, ring);
+	return 0;
+}
+
+void ring_leave(struct worker *worker, struct ring *ring)
+{
+	ring_publish_all(worker);
+	deactivate(worker, ring);
+	if (ring->kick_fd >= 0)
+		epoll_ctl(worker->epoll_fd, EPOLL_CTL_DEL, ring->kick_fd, NULL);
+	else
+		worker->polled--;
+	ring->stop = NULL;
+	ring->expired = false;
+	worker->stopping--;
+}
+
+int ring_start(struct worker *worker, struct ring *ring, struct vfc_ring_setup *setup)
+{
 	struct vq vq;
 	int error;
 
@@ -116,8 +148,8 @@ int ring_start(struct worker *worker, struct ring *ring, struct vfc_ring_setup *
 		memset(ring->places, 0, setup->size * sizeof(*ring->places));
 		error = vq_begin(&vq, setup->base, ring->places);
 	}
-	if (!error && setup->kick_fd >= 0 && epoll_ctl(worker->epoll_fd, EPOLL_CTL_ADD, setup->kick_fd, &event) < 0)
-		error = -errno;
+	if (!error)
+		error = ring_listen(worker, ring, setup->kick_fd);
 	if (error)
 		return error;
 
@@ -129,14 +161,11 @@ int ring_start(struct worker *worker, struct ring *ring, struct vfc_ring_setup *
 	setup->kick_fd = setup->call_fd = setup->err_fd = -1;
 	ring->broken = false;
 	ring->started = true;
-	ring->armed = true;
 	ring->shallow = false;
-	ring->empty_since = 0;
-	if (ring->kick_fd < 0)
-		worker->polled++;
+	ring->gap = worker->poll_ns;
+	ring->far = 0;
 	if (ring->role == VFC_RING_EVENT)
 		worker->event_ring = ring;
-	ring_activate(worker, ring);
 	return 0;
 }
 
@@ -212,10 +241,39 @@ static int take_control(struct worker *worker, struct ring *ring)
 }
 
 /*
+ * Looking at an empty ring takes a CPU, perhaps from the device or the driver that is to fill it.  It pays for about as
+ * long as the ring is mostly empty (a few times that: what comes later is better waited for), and not at all where that
+ * is longer than anybody would look.  While the kernel has commands it is their ends that bring the next ones, so we
+ * wake up anyway: then only a driver that answers at once is looked at.
+ */
+static uint64_t patience(const struct worker *worker, const struct ring *ring)
+{
+	uint64_t most = worker->poll_ns, least = most / 8, wanted = 4 * ring->gap;
+
+	if (ring->far >= FAR || (worker->running && ring->gap > least))
+		return 0;
+	return wanted < least || worker->running ? least : wanted < most ? wanted : most;
+}
+
+void ring_tune(struct worker *worker, struct ring *ring)
+{
+	uint64_t gap = (ring->slept ? worker_now() : ring->looked) - ring->empty_since;
+
+	ring->slept = false;
+	ring->empty_since = 0;
+	if (gap < worker->poll_ns) {
+		ring->gap = (7 * ring->gap + gap) / 8;
+		ring->far = 0;
+	} else if (ring->far < FAR) {
+		ring->far++;
+	}
+}
+
+/*
  * Watch a ring closely for a moment, where nothing else is to be done.  A driver that has few commands mostly uses the
  * same memory for the next one: while the cache looks for the ring's, it can bring that as well.
  */
-static bool watch(struct worker *worker, const struct ring *ring)
+static bool watch(struct worker *worker, struct ring *ring)
 {
 	if (!worker->poll_ns || ring->role != VFC_RING_REQUEST || worker->running || worker->parked ||
 	    worker->unsettled || worker->stopping || worker->draining || worker->credit < 0 ||
@@ -225,6 +283,7 @@ static bool watch(struct worker *worker, const struct ring *ring)
 	for (unsigned i = 0; i < WATCH; i++) {
 		if (!vq_waiting(&ring->vq))
 			continue;
+		ring->gap -= ring->gap / 8;	/* it was empty for a moment */
 		__builtin_prefetch((const void *)(uintptr_t)ring->last_header);
 		__builtin_prefetch((const void *)(uintptr_t)ring->last_answer, 1);
 		return true;
@@ -240,16 +299,13 @@ static bool goes_on(struct worker *worker, struct ring *ring)
 
 		if (!ring->empty_since)
 			ring->empty_since = now;
-		if (now - ring->empty_since < worker->poll_ns)
+		ring->looked = now;
+		if (now - ring->empty_since < patience(worker, ring))
 			return true;
+		ring->slept = true;
 	}
 	ring->armed = true;
 	return vq_rearm(&ring->vq);
-}
-
-static inline void deactivate(struct worker *worker, const struct ring *ring)
-{
-	worker->active[ring->index / 64] &= ~(1ull << (ring->index % 64));
 }
 
 /*
@@ -338,24 +394,18 @@ static void finish_stop(struct worker *worker, struct ring *ring)
 {
 	struct mail *mail = ring->stop;
 
-	ring_publish_all(worker);
-	if (ring->kick_fd >= 0) {
-		epoll_ctl(worker->epoll_fd, EPOLL_CTL_DEL, ring->kick_fd, NULL);
-		replace_fd(&ring->kick_fd, -1);
-	} else {
-		worker->polled--;
-	}
+	ring_leave(worker, ring);
+	replace_fd(&ring->kick_fd, -1);
 	if (worker->event_ring == ring)
 		worker->event_ring = NULL;
 	ring->started = false;
-	ring->stop = NULL;
-	ring->expired = false;
-	worker->stopping--;
 	mailbox_ack(&worker->box, mail, 0, vq_base(&ring->vq));
 }
 
 void ring_stop(struct worker *worker, struct ring *ring, struct mail *mail)
 {
+	if (ring_moves(ring))
+		move_give_up(worker, ring, -ECANCELED);
 	if (ring->stop) {
 		mailbox_ack(&worker->box, mail, -EBUSY, 0);
 	} else if (!ring->started) {
@@ -380,14 +430,22 @@ void ring_settle(struct worker *worker, struct ring *ring, uint64_t now)
 	if (!ring->stop)
 		return;
 	if (ring->in_flight && now >= ring->deadline && !ring->expired) {
+		if (ring_moves(ring)) {
+			move_give_up(worker, ring, -ETIMEDOUT);
+			return;
+		}
 		ring->expired = true;
 		ring_kill_all(worker, ring);
 	}
-	if (!ring->in_flight)
+	if (ring->in_flight)
+		return;
+	if (ring_moves(ring))
+		move_away(worker, ring);
+	else
 		finish_stop(worker, ring);
 }
 
-void ring_free(struct worker *worker, struct ring *ring)
+void ring_free(struct ring *ring)
 {
 	if (!ring)
 		return;
@@ -396,6 +454,5 @@ void ring_free(struct worker *worker, struct ring *ring)
 	replace_fd(&ring->kick_fd, -1);
 	replace_fd(&ring->call_fd, -1);
 	replace_fd(&ring->err_fd, -1);
-	worker->rings[ring->index] = NULL;
 	free(ring);
 }

@@ -132,7 +132,7 @@ struct vfc_engine_setup {
 	uint32_t max_punts;		/* ration: punted commands at a time, then TASK SET FULL */
 	uint32_t max_transfer;		/* bytes; a command that moves more is punted */
 	uint64_t max_punt_bytes;	/* ration: bytes of punted data, out and in, at a time */
-	uint32_t poll_us;		/* a ring is polled for so long after its last command; 0: never */
+	uint32_t poll_us;		/* a ring is polled for so long after its last command, at most; 0: never */
 	uint32_t pad;
 };
 #define VFC_ENGINE_NO_URING 1	/* pretend that io_uring is denied */
@@ -167,7 +167,13 @@ enum vfc_msg_kind {
 	VFC_MSG_ABORT,
 	VFC_MSG_QUERY,		/* match: acked with the count of in-flight commands */
 	VFC_MSG_EVENT,		/* event: put it into an event buffer; acked with 1, or 0 when there is no buffer */
-	VFC_MSG_RESET		/* drop all rings' state (RESET_DEVICE); rings are stopped already */
+	VFC_MSG_RESET,		/* drop all rings' state (RESET_DEVICE); rings are stopped already */
+	/*
+	 * index, worker = where to, value = ms: a started request ring goes to another worker as soon as nothing of it is in
+	 * flight.  Acked by that one; or by this one, and the ring stays and goes on: -ETIMEDOUT something still is,
+	 * -ECANCELED it is stopped, -EBUSY it stops or moves already, -EINVAL there is no such ring or worker
+	 */
+	VFC_MSG_RING_MOVE
 };
 
 enum vfc_ring_role { VFC_RING_CONTROL = 0, VFC_RING_EVENT = 1, VFC_RING_REQUEST = 2 };
@@ -219,6 +225,8 @@ struct vfc_msg {
 	uint32_t index;		/* ring, or target */
 	int32_t fd;
 	uint32_t value;
+	uint32_t worker;
+	uint32_t pad;
 	struct vfc_mem *mem;
 	struct vfc_ring_setup ring;
 	struct vfc_route route;
@@ -240,7 +248,8 @@ enum vfc_event_kind {
 	 * more, -EIO a part whose file shrank
 	 */
 	VFC_EVENT_BROKEN,
-	VFC_EVENT_LATCH		/* value = another owner, that has held a latch for longer than a second */
+	VFC_EVENT_LATCH,	/* value = another owner, that has held a latch for longer than a second */
+	VFC_EVENT_BUSY		/* of several workers this one has little rest, and more than one ring with commands */
 };
 
 /* Why a command was punted. */
@@ -319,6 +328,10 @@ struct vfc_stats {
 	uint64_t in_flight;		/* now */
 };
 int vfc_stats(struct vfc_engine *engine, uint32_t worker, struct vfc_stats *ret_stats);
+
+#define VFC_WORK_COMMAND 1024	/* what a command counts beside its bytes: about what it costs beside them */
+/* How much each of the VFC_MAX_RINGS rings has made this worker do since its start. */
+int vfc_work(struct vfc_engine *engine, uint32_t worker, uint64_t *ret_work);
 
 /* ---- cffi reads to here ---- */
 #endif

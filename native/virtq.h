@@ -32,9 +32,8 @@
 #define VQ_RING_FLAGS 0
 #define VQ_RING_IDX 1
 #define VQ_RING_FIRST 2
-/* Packed: a descriptor as 16-bit words: address 0-3, length 4-5, id 6, flags 7 */
+/* Packed: a descriptor as 16-bit words: address 0-3, length 4-5, id 6, flags 7; the last four are vq_used_word() */
 #define VQ_WORDS 8
-#define VQ_WORD_LENGTH 4
 #define VQ_WORD_ID 6
 #define VQ_WORD_FLAGS 7
 
@@ -61,8 +60,8 @@ struct vq {
 	uint16_t next_used;	/* where the next used entry goes */
 	uint16_t published;	/* next_used as the driver may see it */
 	bool avail_wrap, used_wrap;	/* packed: the ring wrap counters, 2.8.1 */
-	bool held;		/* packed: the flags of the used descriptor at `published` are written last */
-	uint16_t held_flags;
+	bool held;		/* packed: the used descriptor at `published` is written last */
+	uint64_t held_word;
 	struct vq_place *places;	/* packed: size of them */
 	volatile uint64_t *desc;
 	uint16_t *avail;
@@ -130,23 +129,30 @@ static inline uint16_t *vq_words(const struct vq *vq, uint32_t at)
 	return (uint16_t *)(uintptr_t)vq->desc + VQ_WORDS * (size_t)at;
 }
 
+static inline uint64_t *vq_used_word(const struct vq *vq, uint32_t at)
+{
+	return (uint64_t *)(uintptr_t)vq->desc + 2 * (size_t)at + 1;
+}
+
+/*
+ * 2.8.8: of a used descriptor length, id and flags count, which are one word.  So its line, which the driver looks at all
+ * the time, is written once, and whoever sees the flags sees the rest.
+ */
 static inline void vq_push_packed(struct vq *vq, uint16_t id, uint32_t length)
 {
-	uint16_t *words = vq_words(vq, vq->next_used);
-	uint16_t flags = vq->used_wrap ? VQ_DESC_AVAIL | VQ_DESC_USED : 0;
+	uint64_t flags = -(uint64_t)vq->used_wrap & (VQ_DESC_AVAIL | VQ_DESC_USED), word;
 	uint32_t at = vq->next_used + vq->places[id].count;
 
 	/* 2.8.12: the flag WRITE says that the length means something. */
 	if (length)
 		flags |= VQ_DESC_WRITE;
-	__atomic_store_n((uint32_t *)(void *)&words[VQ_WORD_LENGTH], length, __ATOMIC_RELAXED);
-	__atomic_store_n(&words[VQ_WORD_ID], id, __ATOMIC_RELAXED);
+	word = length | (uint64_t)id << 32 | flags << 48;
 	if (!vq->held) {
 		vq->held = true;
-		vq->held_flags = flags;
+		vq->held_word = word;
 	} else {
-		/* Release: a driver that has the batch's first one, and reads on, finds whole descriptors. */
-		__atomic_store_n(&words[VQ_WORD_FLAGS], flags, __ATOMIC_RELEASE);
+		/* Release: a driver that has the batch's first one, and reads on, finds data and response there. */
+		__atomic_store_n(vq_used_word(vq, vq->next_used), word, __ATOMIC_RELEASE);
 	}
 	vq->places[id].count = 0;
 	if (at >= vq->size) {

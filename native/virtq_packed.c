@@ -131,7 +131,7 @@ bool packed_publish(struct vq *vq)
 	if (!vq->held)
 		return false;
 	/* Release pairs with the driver's acquire of the flags: data, responses and the rest of the batch come first. */
-	__atomic_store_n(&vq_words(vq, vq->published)[VQ_WORD_FLAGS], vq->held_flags, __ATOMIC_RELEASE);
+	__atomic_store_n(vq_used_word(vq, vq->published), vq->held_word, __ATOMIC_RELEASE);
 	vq->held = false;
 	vq->published = vq->next_used;
 	/*

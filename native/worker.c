@@ -262,6 +262,9 @@ static void message(struct worker *worker, struct mail *mail)
 	case VFC_MSG_RESET:
 		error = reset(worker);
 		break;
+	case VFC_MSG_RING_MOVE:
+		move_message(worker, mail);
+		return;
 	default:	/* VFC_MSG_PING: vfc_post() lets no others through */
 		break;
 	}
@@ -277,6 +280,9 @@ static void messages(struct worker *worker)
 		switch (mail->kind) {
 		case MAIL_MESSAGE:
 			message(worker, mail);
+			break;
+		case MAIL_RING:
+			move_arrive(worker, mail);
 			break;
 		case MAIL_QUIT:
 			worker->quit = true;
@@ -296,6 +302,8 @@ static unsigned reap(struct worker *worker, struct vfc_path_engine *engine)
 	struct vfc_cmd *done[BATCH];
 	unsigned count = engine->ops->reap(engine, done, BATCH);
 
+	if (count)
+		move_took(worker);
 	for (unsigned i = 0; i < count; i++) {
 		struct command *command = (struct command *)done[i];	/* its first member */
 
@@ -367,8 +375,13 @@ static int patience(const struct worker *worker)
 static void wait_for_work(struct worker *worker, int timeout)
 {
 	struct epoll_event events[EVENTS];
-	int count = epoll_wait(worker->epoll_fd, events, EVENTS, timeout);
+	int count;
 
+	if (worker->peer_count > 1 && timeout)
+		move_rest(worker);
+	count = epoll_wait(worker->epoll_fd, events, EVENTS, timeout);
+	if (worker->peer_count > 1)
+		move_look(worker);
 	worker->credit = CREDIT;
 	for (int i = 0; i < count; i++) {
 		uint32_t tag = events[i].data.u32;
@@ -423,6 +436,7 @@ void *worker_main(void *argument)
 	const struct vfc_path_ops *files = worker->files->ops;
 
 	worker->parked_last = &worker->parked;
+	worker->pace.since = worker_now();
 	epoll_ctl(worker->epoll_fd, EPOLL_CTL_ADD, worker->box.wake_fd, &mailbox);
 	epoll_ctl(worker->epoll_fd, EPOLL_CTL_ADD, files->wait_fd(worker->files), &completions);
 	while (!worker->quit) {
@@ -445,6 +459,8 @@ void *worker_main(void *argument)
 		ring_publish_all(worker);
 		if (worker->unsettled || worker->draining || worker->stopping)
 			settle(worker);
+		if (worker->peer_count > 1)
+			move_rest(worker);
 	}
 	wind_up(worker);
 	return NULL;
@@ -452,8 +468,16 @@ void *worker_main(void *argument)
 
 void worker_free(struct worker *worker)
 {
+	struct mail *mail = mailbox_take(&worker->box), *next;
+
 	for (uint32_t i = 0; i < VFC_MAX_RINGS; i++)
-		ring_free(worker, worker->rings[i]);
+		ring_free(worker->rings[i]);
+	for (; mail; mail = next) {
+		next = mail->next;
+		if (mail->kind == MAIL_RING)
+			ring_free(mail->ring);
+		mail_drop(mail);
+	}
 	route_free_all(worker);
 	if (worker->sg)
 		path_sg_free(worker->sg);

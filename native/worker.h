@@ -3,6 +3,7 @@
  *
  *	worker.c  the thread, its loop and its messages
  *	ring.c    starting, running and stopping rings; the event ring
+ *	move.c    rings that go from one worker to another, and when there is reason to
  *	route.c   where (target, lun) leads; draining what was replaced
  *	intake.c  taking commands from a ring
  *	express.c the few commands that are nearly all of them, from the ring to the used ring in one go
@@ -118,6 +119,10 @@ struct ring {
 	bool armed;		/* the driver is asked for kicks */
 	bool shallow;		/* few commands at a time lately */
 	uint64_t empty_since;	/* ns; 0: there was work at the last look */
+	uint64_t looked;	/* ns: the last look at it since then */
+	bool slept;		/* nobody looks at it since then */
+	uint8_t far;		/* times in a row that it was empty for longer than anybody looks */
+	uint64_t gap;		/* ns: mean of how long it is empty otherwise */
 	uintptr_t last_header, last_answer;	/* where a command was: no more than a guess at the next, never used */
 	int kick_fd, call_fd, err_fd;
 	uint32_t in_flight;
@@ -129,6 +134,14 @@ struct ring {
 	uint64_t deadline;	/* ns */
 	bool expired;
 	struct ring *next_dirty;
+};
+
+/* How busy a worker is, since a while ago; kept where there are others to give rings to. */
+struct pace {
+	uint64_t since, rested;	/* ns */
+	uint64_t resting;	/* ns: since when nothing was taken and nothing came back; 0: something was */
+	bool took;		/* in this turn of the loop */
+	uint64_t rings[VFC_MAX_RINGS / 64];	/* those with commands */
 };
 
 /* Shared by all workers of an engine. */
@@ -148,6 +161,10 @@ struct worker {
 	struct ration *ration;	/* (any thread) */
 	_Atomic uint32_t *live;	/* (any thread) by handle: generation of a punt that waits for its answer, or 0 */
 	struct vfc_stats stats;	/* (any thread reads) */
+	uint64_t work[VFC_MAX_RINGS];	/* (any thread reads) */
+	struct worker *peers;	/* all of the engine; of others only ->box is ours to touch */
+	uint32_t peer_count;
+	struct pace pace;
 	int epoll_fd;
 	struct vfc_path_engine *media;	/* memory and null */
 	struct vfc_path_engine *files;	/* file and direct: io_uring or a pool of threads */
@@ -155,7 +172,7 @@ struct worker {
 	uint32_t running;	/* commands with a path */
 	struct ring *rings[VFC_MAX_RINGS];
 	uint64_t active[VFC_MAX_RINGS / 64];	/* rings that may have something, or are polled */
-	uint64_t poll_ns;	/* how long a ring is polled after its last command */
+	uint64_t poll_ns;	/* how long a ring is polled after its last command, at most */
 	unsigned batch;		/* commands that a ring may have in this round */
 	int credit;		/* of work until the next look at what else there is */
 	struct ring *dirty;	/* rings with used entries to publish */
@@ -180,11 +197,12 @@ struct worker {
 };
 
 #define COUNT(worker, counter) ADD(worker, counter, 1)
+#define ADD(worker, counter, n) add_to(&(worker)->stats.counter, (uint64_t)(n))
 /* Written by one thread, read by any: a plain add to the compiler, no torn value to the reader. */
-#define ADD(worker, counter, n)                                                                      \
-	__atomic_store_n(&(worker)->stats.counter,                                                   \
-			 __atomic_load_n(&(worker)->stats.counter, __ATOMIC_RELAXED) + (uint64_t)(n), \
-			 __ATOMIC_RELAXED)
+static inline void add_to(uint64_t *counter, uint64_t n)
+{
+	__atomic_store_n(counter, __atomic_load_n(counter, __ATOMIC_RELAXED) + n, __ATOMIC_RELAXED);
+}
 
 uint64_t worker_now(void);	/* ns, CLOCK_MONOTONIC */
 void *worker_main(void *worker);
@@ -199,6 +217,8 @@ int ring_get(struct worker *worker, uint32_t index, struct ring **ret_ring);
 /* Takes the fds of the setup. */
 int ring_start(struct worker *worker, struct ring *ring, struct vfc_ring_setup *setup);
 void ring_run(struct worker *worker, struct ring *ring);
+/* It is not empty any more. */
+void ring_tune(struct worker *worker, struct ring *ring);
 void ring_break(struct worker *worker, struct ring *ring, int error);
 void ring_stop(struct worker *worker, struct ring *ring, struct mail *mail);
 /* Goes on with stops: those that nothing holds up are acked, those whose time is over cancel what is left. */
@@ -211,7 +231,11 @@ void ring_set_call(struct worker *worker, struct ring *ring, int fd);
 void ring_set_err(struct ring *ring, int fd);
 /* 1: in a buffer, 0: there was none */
 uint32_t ring_put_event(struct worker *worker, const uint8_t event[16]);
-void ring_free(struct worker *worker, struct ring *ring);
+/* Its own things, and itself. */
+void ring_free(struct ring *ring);
+/* What its kicks wake from now on; or not any more. */
+int ring_listen(struct worker *worker, struct ring *ring, int kick_fd);
+void ring_leave(struct worker *worker, struct ring *ring);
 
 static inline void ring_activate(struct worker *worker, const struct ring *ring)
 {
@@ -233,6 +257,39 @@ static inline void ring_mark_dirty(struct worker *worker, struct ring *ring)
 	ring->dirty = true;
 	ring->next_dirty = worker->dirty;
 	worker->dirty = ring;
+}
+
+/* move.c */
+void move_message(struct worker *worker, struct mail *mail);
+/* Nothing of it is in flight: it is with the other worker from here on. */
+void move_away(struct worker *worker, struct ring *ring);
+/* It stays, for this reason. */
+void move_give_up(struct worker *worker, struct ring *ring, int error);
+void move_arrive(struct worker *worker, struct mail *mail);
+/* Now and then: says so when it would be good to have less to do. */
+void move_look(struct worker *worker);
+/* What is taken after a rest; a turn's end, or a sleep's begin. */
+void move_begin(struct worker *worker);
+void move_rest(struct worker *worker);
+
+static inline void move_took(struct worker *worker)
+{
+	worker->pace.took = true;
+	if (__builtin_expect(worker->pace.resting != 0, 0))
+		move_begin(worker);
+}
+
+static inline bool ring_moves(const struct ring *ring)
+{
+	return ring->stop && ring->stop->msg.kind == VFC_MSG_RING_MOVE;
+}
+
+/* These commands came from a ring in one batch. */
+static inline void move_count(struct worker *worker, const struct ring *ring, unsigned commands)
+{
+	add_to(&worker->work[ring->index], (uint64_t)commands * VFC_WORK_COMMAND);
+	move_took(worker);
+	worker->pace.rings[ring->index / 64] |= 1ull << (ring->index % 64);
 }
 
 /* intake.c */

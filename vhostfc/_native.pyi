@@ -35,6 +35,7 @@ class _Lib:
     VFC_MSG_QUERY: int
     VFC_MSG_EVENT: int
     VFC_MSG_RESET: int
+    VFC_MSG_RING_MOVE: int
     VFC_RING_CONTROL: int
     VFC_RING_EVENT: int
     VFC_RING_REQUEST: int
@@ -47,6 +48,7 @@ class _Lib:
     VFC_EVENT_BUFFERS: int
     VFC_EVENT_BROKEN: int
     VFC_EVENT_LATCH: int
+    VFC_EVENT_BUSY: int
     VFC_WHY_OPCODE: int
     VFC_WHY_NO_ROUTE: int
     VFC_WHY_ATTRIBUTE: int
@@ -102,6 +104,7 @@ class _Lib:
     def vfc_reply(self, engine: Any, answer: Any) -> int: ...
     def vfc_reply_control(self, engine: Any, handle: int, answer: Any, length: int) -> int: ...
     def vfc_stats(self, engine: Any, worker: int, ret_stats: Any) -> int: ...
+    def vfc_work(self, engine: Any, worker: int, ret_work: Any) -> int: ...
     def vfd_fence(self) -> None: ...
     def vfd_table_new(self, first: int, blocks: int, ret_table: Any) -> int: ...
     def vfd_table_free(self, table: Any) -> None: ...

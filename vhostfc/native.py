@@ -210,6 +210,7 @@ class EventKind(enum.IntEnum):
     BUFFERS = lib.VFC_EVENT_BUFFERS
     BROKEN = lib.VFC_EVENT_BROKEN
     LATCH = lib.VFC_EVENT_LATCH
+    BUSY = lib.VFC_EVENT_BUSY
 
 
 class Why(enum.IntEnum):
@@ -420,6 +421,12 @@ class Engine:
         _check(lib.vfc_stats(self.pointer, worker, self._stats), f"worker {worker}")
         return Stats(*(int(getattr(self._stats, field.name)) for field in fields(Stats)))
 
+    def work(self, worker: int) -> dict[int, int]:
+        """How much each ring has made the worker do since its start: bytes, and VFC_WORK_COMMAND for a command."""
+        work = ffi.new("uint64_t[]", lib.VFC_MAX_RINGS)
+        _check(lib.vfc_work(self.pointer, worker, work), f"worker {worker}")
+        return {ring: int(done) for ring, done in enumerate(work) if done}
+
     # ------------------------------------------------------------ answers
 
     def reply(
@@ -512,6 +519,14 @@ class Engine:
         """Ack value: the next avail index.  drain: seconds that what is in flight may take before it is RESET."""
         message = self._message(lib.VFC_MSG_RING_STOP, seq)
         message.index, message.value = index, int(drain * 1000)
+        self._post(worker, message)
+
+    def ring_move(self, worker: int, seq: int, index: int, to: int, patience: float) -> None:
+        """A started request ring goes to another worker, which acks it; or it stays, and this one says why:
+        -ETIMEDOUT something of it is still in flight after so many seconds, -ECANCELED it was stopped, -EBUSY it stops
+        or moves already, -EINVAL no such ring or worker."""
+        message = self._message(lib.VFC_MSG_RING_MOVE, seq)
+        message.index, message.worker, message.value = index, to, int(patience * 1000)
         self._post(worker, message)
 
     def target(self, worker: int, seq: int, target: int, *, present: bool) -> None:

@@ -4,20 +4,28 @@
 
 Two files of 1 GiB, written from end to end first, are units of a fabric: one through the page cache, one with direct
 I/O.  Each workload is run A B A B: fio on the file, and a driver on the unit (with an adapter of one worker between),
-with what is dirty written out before each run.  A row is the medians of both and the median of their ratios; wanted is
-0.95 of fio's rate.  fio has the worker's CPU (the last one), the driver and the rest of the house the others.  The
-driver polls, so that what it costs to wake it, which is the guest's business, does not count; --sleep: it does.
+with what is dirty written out before each run, and nothing in the page cache of the file that is there for direct I/O
+(which has to look for such pages, and get rid of them).  A row is the medians of both and the median of their ratios;
+wanted is 0.95 of fio's rate.
+
+Both sides have the same CPUs: fio and the worker the last one, the driver and the rest of the house the others.  The
+driver polls, so that what it costs to wake it, which is the guest's business, does not count.  A CPU that spins may
+take something from the device (a virtual machine's disk is a thread of its host, which has the same CPUs), so one spins
+beside fio, too.  --sleep: a driver that waits for interrupts, and fio alone.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
 import statistics
 import subprocess
+import sys
 import tempfile
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -47,11 +55,13 @@ class Row:
     backend_ns: float | None
 
 
-def write_out(path: Path) -> None:
-    """What is dirty goes to the disk now, so that it is not in the next run's way."""
+def write_out(path: Path, *, forget: bool = False) -> None:
+    """What is dirty goes to the disk now, so that it is not in the next run's way.  forget: and out of the cache."""
     descriptor = os.open(path, os.O_RDWR)
     try:
         os.fsync(descriptor)
+        if forget:
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
     finally:
         os.close(descriptor)
 
@@ -62,6 +72,17 @@ def fill(path: Path) -> None:
         for _ in range(SIZE >> 20):
             file.write(os.urandom(4096) * 256)
     write_out(path)
+
+
+@contextlib.contextmanager
+def spinning(cpu: int) -> Iterator[None]:
+    """A CPU has something to do all the time, as that of a driver which polls."""
+    process = subprocess.Popen(["taskset", "-c", str(cpu), sys.executable, "-c", "while True: pass"])
+    try:
+        yield
+    finally:
+        process.kill()
+        process.wait()
 
 
 def fio(path: Path, cache: str, options: BenchOptions, cpu: int) -> tuple[float, float]:
@@ -100,9 +121,10 @@ async def measure(san: San, files: list[Path], options: list[BenchOptions], runs
                 poll=one.poll,
             )
             for _ in range(runs):
-                write_out(path)
-                theirs.append(await trio.to_thread.run_sync(fio, path, cache, one, cpu))
-                write_out(path)
+                write_out(path, forget=cache == "none")
+                with spinning(min(os.sched_getaffinity(0))) if one.poll else contextlib.nullcontext():
+                    theirs.append(await trio.to_thread.run_sync(fio, path, cache, one, cpu))
+                write_out(path, forget=cache == "none")
                 found.append(await ours(san.socket(1), unit))
             ratios = [b[0] / a[0] for a, b in zip(theirs, found, strict=True)]
             cpus = [ns for _, ns in found if ns is not None]
@@ -133,7 +155,7 @@ def main() -> None:
     parser.add_argument("--rw", action="append", choices=[*WORKLOADS], help="default: read, write, random and not")
     parser.add_argument("--seconds", type=float, default=2.0, help="of a run")
     parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--sleep", action="store_true", help="a driver that waits for interrupts")
+    parser.add_argument("--sleep", action="store_true", help="a driver that waits for interrupts, and fio alone")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there as well")
     asked = parser.parse_args()
     if not shutil.which("fio"):

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -25,6 +26,7 @@ NATIVE = HERE.parent.parent / "native"
 TABLE = HERE / "instructions.tsv"
 #: As native/build_hook.py compiles the package.
 FLAGS = ["-std=gnu11", "-O2", "-g", "-Wall", "-Wextra", "-Werror", "-fvisibility=hidden", "-pthread"]
+FLAGS += ["-mprfchw"] if platform.machine() in ("x86_64", "amd64") else []
 KINDS = [(layout, medium) for layout in ("split", "packed") for medium in ("null", "memory")]
 COMMANDS = 3200
 #: Commands of the program before those that it is asked for.

@@ -4,9 +4,10 @@
 
 Rounds until the time is over.  A round is a driver of its own: split or packed rings, with and without indirect
 descriptors and event indices, 1 to 4 queues, depths 1 to 256, commands of 512 bytes to 1 MiB in one piece or many,
-polling or sleeping, reads and writes mixed.  Its loads are verified block by block, and go on over rings that are
-stopped and started, memory that is plugged and pulled, and device resets; at its end all is read back.  Without
---socket it starts a fabric with units of memory, file and both block sizes, and an adapter with two workers.
+polling or sleeping, reads and writes mixed, the queues alike or the first and third much busier.  Its loads are
+verified block by block, and go on over rings that are stopped and started, memory that is plugged and pulled, rings
+that move from worker to worker (not with --socket), and device resets; at its end all is read back.  Without --socket
+it starts a fabric with units of memory, file and both block sizes, and an adapter with two workers.
 
 Exit status 1: something came back wrong; the round's shape and seed are printed, to run it again.
 """
@@ -24,6 +25,7 @@ from pathlib import Path
 import trio
 
 from tests.lab.san import San, UnitSpec
+from vhostfc.daemon.control import call
 from vhostfc.frontend.client import WANTED
 from vhostfc.frontend.driver import MIB, ScsiDriver
 from vhostfc.frontend.load import GenerationTable, Load, LoadResult, Verification, max_depth, run_load
@@ -55,6 +57,7 @@ class Shape:
     poll: bool
     random: bool
     read_percent: int
+    uneven: bool
 
     @classmethod
     def draw(cls, seed: int, block_size: int) -> Shape:
@@ -69,7 +72,7 @@ class Shape:
         return cls(
             seed, packed, dice.random() < 0.75, dice.random() < 0.75, ring, queues, depth, io_size,
             dice.choice([0, 0, 4096, max(4096, io_size // 16)]), dice.random() < 0.3, dice.random() < 0.7,
-            dice.choice([0, 30, 50, 70, 95]),
+            dice.choice([0, 30, 50, 70, 95]), dice.random() < 0.5,
         )  # fmt: skip
 
     @property
@@ -89,8 +92,8 @@ def loads(shape: Shape, unit: UnitInfo, check: Verification) -> list[Load]:
     most = max_depth(load, shape.ring, indirect=shape.indirect)
     if not most:  # too many pieces for this ring
         return loads(replace(shape, segment=0), unit, check)
-    load = replace(load, depth=min(shape.depth, most))
-    return [replace(load, seed=shape.seed * 8 + number) for number in range(shape.queues)]
+    depths = [min(shape.depth, most) if number % 2 == 0 or not shape.uneven else 1 for number in range(shape.queues)]
+    return [replace(load, depth=depth, seed=shape.seed * 8 + number) for number, depth in enumerate(depths)]
 
 
 async def disturb(driver: ScsiDriver, dice: random.Random) -> None:
@@ -120,7 +123,16 @@ async def plug(driver: ScsiDriver, dice: random.Random) -> None:
         await trio.sleep(0.01)
 
 
-async def one_round(socket: Path, where: tuple[int, int], shape: Shape, unit: UnitInfo) -> LoadResult:
+async def move(control: Path, queues: int, dice: random.Random) -> None:
+    """Rings go from one worker of the adapter to the other."""
+    while True:
+        await call(control, "move", {"ring": 2 + dice.randrange(queues), "worker": dice.randrange(2)})
+        await trio.sleep(0.003)
+
+
+async def one_round(
+    socket: Path, where: tuple[int, int], shape: Shape, unit: UnitInfo, control: Path | None
+) -> LoadResult:
     """A driver's life; what its loads did."""
     dice = random.Random(shape.seed)
     result = LoadResult()
@@ -133,6 +145,8 @@ async def one_round(socket: Path, where: tuple[int, int], shape: Shape, unit: Un
             while time.monotonic() < end:
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(plug, driver, dice)
+                    if control is not None:
+                        nursery.start_soon(move, control, shape.queues, dice)
                     result += await run_load(driver, work)
                     nursery.cancel_scope.cancel()
                 await disturb(driver, dice)
@@ -151,7 +165,9 @@ async def find(socket: Path, where: tuple[int, int]) -> UnitInfo:
         return unit
 
 
-async def soak(socket: Path, places: list[tuple[int, int]], minutes: float, seed: int) -> int:
+async def soak(
+    socket: Path, places: list[tuple[int, int]], minutes: float, seed: int, control: Path | None = None
+) -> int:
     """Rounds over these units until the time is over; how many commands went wrong."""
     units = {where: await find(socket, where) for where in places}
     end, number, commands, verified, wrong = time.monotonic() + 60 * minutes, 0, 0, 0, 0
@@ -159,7 +175,7 @@ async def soak(socket: Path, places: list[tuple[int, int]], minutes: float, seed
         where = places[number % len(places)]
         # Split and packed by turns on each unit.
         shape = Shape.draw(2 * (seed + number) + number // len(places) % 2, units[where].block_size)
-        result = await one_round(socket, where, shape, units[where])
+        result = await one_round(socket, where, shape, units[where], control)
         commands += sum(result.statuses.values())
         verified += result.verified
         wrong += result.errors
@@ -189,7 +205,9 @@ def main() -> int:
         with San(directory, units) as san:
             san.start_adapter(1, vhost="workers = 2")
             places = [(0, unit.lun) for unit in units]
-            return int(bool(trio.run(soak, san.socket(1), places, options.minutes, options.seed)))
+            wrong = trio.run(soak, san.socket(1), places, options.minutes, options.seed, san.control(1))
+            print(f"rings moved {san.status(1)['counters']['rings_moved']} times between the workers")
+            return int(bool(wrong))
 
 
 if __name__ == "__main__":

@@ -190,7 +190,7 @@ class DaemonAdapter:
 
     @classmethod
     @contextlib.asynccontextmanager
-    async def running(cls, socket: Path) -> AsyncIterator[DaemonAdapter]:
+    async def running(cls, socket: Path, *, workers: int = 1) -> AsyncIterator[DaemonAdapter]:
         log: Any = Recorder()
         fabric: Any = OneUnit()
         config = AdapterConfig(
@@ -205,20 +205,33 @@ class DaemonAdapter:
         )
         with contextlib.ExitStack() as stack:
             async with (
-                HoldingWorkers.running(1, log=log, max_punts=16, max_punt_bytes=8 << 20) as workers,
+                HoldingWorkers.running(workers, log=log, max_punts=16, max_punt_bytes=8 << 20) as running,
                 trio.open_nursery() as nursery,
             ):
-                assert isinstance(workers, HoldingWorkers)
-                adapter = Adapter(config, fabric, workers, nursery, log=log)
+                assert isinstance(running, HoldingWorkers)
+                adapter = Adapter(config, fabric, running, nursery, log=log)
                 nursery.start_soon(adapter.hold_port)
                 door = stack.enter_context(listen(socket))
                 nursery.start_soon(adapter.serve_guests, door, trio.CancelScope())
-                yield cls(socket, workers, adapter, log)
+                yield cls(socket, running, adapter, log)
                 nursery.cancel_scope.cancel()
 
     def counters(self) -> dict[str, int]:
         """struct vfc_stats."""
         return self._workers.counters()
+
+    @property
+    def owners(self) -> dict[int, int]:
+        """Which worker has which request ring."""
+        return self._workers.owners()
+
+    async def move(self, ring: int, worker: int) -> bool:
+        """Give a request ring to another worker; False: it stays."""
+        return await self._workers.move_ring(ring, worker)
+
+    async def order_move(self, order: dict[str, Any]) -> dict[str, Any]:
+        """The same as an administrator says it."""
+        return await self._adapter.move(order)
 
     async def idle(self) -> None:
         """Wait until nobody is connected and all that the last one had is given back."""

@@ -276,6 +276,24 @@ struct vfc_event drive_stop(struct driver *ring, uint32_t ms)
 	return guest_ask(ring->guest, ring->worker, &msg);
 }
 
+struct vfc_event drive_move(struct driver *ring, uint32_t worker, uint32_t ms)
+{
+	struct vfc_msg msg = { .kind = VFC_MSG_RING_MOVE, .index = ring->index, .worker = worker, .value = ms };
+	uint64_t seq = guest_post(ring->guest, ring->worker, &msg);
+	struct vfc_event event;
+
+	for (int waited = 0; waited < PATIENCE; waited++) {
+		if (await_ack(ring->guest, worker, seq, 1, &event)) {
+			ring->worker = worker;
+			return event;
+		}
+		if (await_ack(ring->guest, ring->worker, seq, 0, &event))
+			return event;
+	}
+	CHECK(!"a move is answered");
+	return event;
+}
+
 void drive_close(struct driver *ring)
 {
 	close(ring->kick);

@@ -149,6 +149,8 @@ struct vfc_msg drive_start_msg(const struct driver *ring, uint32_t role, uint32_
 void drive_open(struct driver *ring, struct guest *guest, uint32_t index, uint32_t role, uint32_t size, uint64_t features);
 void drive_enable(struct driver *ring, bool enabled);
 struct vfc_event drive_stop(struct driver *ring, uint32_t ms);
+/* To another worker, which has it from then on; or the error, and it stays. */
+struct vfc_event drive_move(struct driver *ring, uint32_t worker, uint32_t ms);
 void drive_close(struct driver *ring);
 void drive_desc(struct driver *ring, uint16_t at, uint64_t addr, uint32_t len, uint16_t flags, uint16_t next);
 void drive_offer(struct driver *ring, uint16_t head);

@@ -6,6 +6,7 @@
 #include <dirent.h>
 #include <errno.h>
 #include <sched.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "load.h"
@@ -85,6 +86,59 @@ TEST(a_ring_that_was_polled_asks_for_kicks) { sleeps(0); }
 TEST(a_ring_that_was_polled_asks_for_kicks_with_event_idx) { sleeps(FEATURE_EVENT_IDX); }
 TEST(a_packed_ring_that_was_polled_asks_for_kicks) { sleeps(FEATURE_PACKED); }
 TEST(a_packed_ring_that_was_polled_asks_for_kicks_with_event_idx) { sleeps(FEATURE_PACKED | FEATURE_EVENT_IDX); }
+
+static uint64_t milliseconds(void)
+{
+	struct timespec now;
+
+	clock_gettime(CLOCK_MONOTONIC, &now);
+	return (uint64_t)now.tv_sec * 1000 + (uint64_t)now.tv_nsec / 1000000;
+}
+
+/* A driver that answers at once is not waited for much longer than that. */
+TEST(a_ring_is_polled_as_long_as_it_pays)
+{
+	struct request request;
+	uint64_t begun;
+
+	begin(4000000, 0);
+	request = request_rw(&ring, 0, OP_READ_10, 0, 1);
+	for (unsigned i = 0; i < 200; i++) {
+		drive_offer(&ring, request.head);
+		drive_wait(&ring);
+	}
+	begun = milliseconds();
+	while (!asks_for_kicks())
+		usleep(1000);
+	CHECK(milliseconds() - begun < 3000);
+	end();
+}
+
+/* Whether it is looked at after a command that came so long after the last one. */
+static bool looked_at_after(uint32_t gap_us)
+{
+	struct request request = request_rw(&ring, 0, OP_READ_10, 0, 1);
+
+	usleep(gap_us);
+	request_send(&ring, &request);
+	drive_wait(&ring);
+	guest_ping(&guest, 0);
+	return !asks_for_kicks();
+}
+
+/* And one whose commands come later than anybody would wait is not polled at all, until they come faster. */
+TEST(a_ring_whose_commands_are_far_apart_is_not_polled)
+{
+	begin(20000, 0);
+	for (unsigned i = 0; i < 5; i++)
+		looked_at_after(100000);
+	CHECK(!looked_at_after(100000));
+	/* A machine that is busy may let one look pass; not all of them. */
+	for (unsigned i = 0; i < 10000 && !looked_at_after(0); i++)
+		;
+	CHECK(looked_at_after(0) || looked_at_after(0) || looked_at_after(0));
+	end();
+}
 
 /* What the worker waits for is in the kernel; that it waits shows in its switches, which stay the same. */
 static unsigned long switches(void)

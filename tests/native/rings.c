@@ -365,7 +365,7 @@ TEST(messages_that_cannot_be)
 	CHECK_EQUAL(vfc_post(guest.engine, 1, &msg), -EINVAL);
 	msg.kind = 0;
 	CHECK_EQUAL(vfc_post(guest.engine, 0, &msg), -EINVAL);
-	msg.kind = VFC_MSG_RESET + 1;
+	msg.kind = VFC_MSG_RING_MOVE + 1;
 	CHECK_EQUAL(vfc_post(guest.engine, 0, &msg), -EINVAL);
 	msg.kind = VFC_MSG_MEM;
 	CHECK_EQUAL(vfc_post(guest.engine, 0, &msg), -EINVAL);

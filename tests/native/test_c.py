@@ -24,6 +24,7 @@ SOURCES = {
         "rings",
         "packed",
         "polling",
+        "moves",
         "fencing",
         "paths",
         "losses",
@@ -32,7 +33,7 @@ SOURCES = {
         "memory",
         "together",
     ),
-    "thread": ("rings", "packed", "polling", "fencing", "paths", "losses", "memory", "together"),
+    "thread": ("rings", "packed", "polling", "moves", "fencing", "paths", "losses", "memory", "together"),
 }
 #: Tests that are about commands, and so run over rings of each layout (see HARNESS_LAYOUT in harness.h).
 COMMANDS = ("requests", "fencing", "paths", "generic", "kept", "memory")

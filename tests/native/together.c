@@ -3,10 +3,11 @@
  * thread sanitizer sees all that they do to each other's memory; in use the two are processes of their own, and no tool
  * looks across.
  *
- * Two queues of two workers, verified loads on the same blocks, while the memory table changes; rings are stopped and
- * started between the rounds.
+ * Two queues of two workers, verified loads on the same blocks, while the memory table changes and the queues move from
+ * worker to worker; rings are stopped and started between the rounds.
  */
 #define _GNU_SOURCE
+#include <errno.h>
 #include <pthread.h>
 #include <stdatomic.h>
 
@@ -102,8 +103,13 @@ static void one_round(void)
 	for (unsigned i = 0; i < QUEUES; i++)
 		CHECK_EQUAL(pthread_create(&queues[i].thread, NULL, run, &queues[i]), 0);
 	CHECK_EQUAL(pthread_create(&waiter, NULL, finish, NULL), 0);
-	for (unsigned turn = 0; !atomic_load(&over); turn++)
+	for (unsigned turn = 0; !atomic_load(&over); turn++) {
+		struct driver *driver = &queues[turn % QUEUES].driver;
+		int32_t moved = drive_move(driver, (driver->worker + 1) % QUEUES, 1000).result;
+
+		CHECK(!moved || moved == -ETIMEDOUT);
 		guest_set_memory(&guest, turn % 2 ? guest.mem : other);
+	}
 	pthread_join(waiter, NULL);
 	guest_set_memory(&guest, guest.mem);
 	vfc_mem_put(other);

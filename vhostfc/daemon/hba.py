@@ -216,6 +216,7 @@ class Adapter:
             },
             "targets": self.units.status(),
             "front_end": self.guest.status(),
+            "workers": {str(ring): worker for ring, worker in sorted(self._workers.owners().items())},
             "counters": self._workers.counters(),
         }
 
@@ -232,6 +233,13 @@ class Adapter:
         if self._port is None:
             raise VhostfcError(f"{self.identity.wwpn} is not logged in to the fabric")
         return await look(self._port)
+
+    async def move(self, request: Json) -> Json:
+        """Give a request ring to another worker now, whatever they have to do: {"ring": 2, "worker": 1}."""
+        ring, worker = request.get("ring"), request.get("worker")
+        if not isinstance(worker, int) or not isinstance(ring, int) or ring not in self._workers.owners():
+            raise VhostfcError(f"no such ring or worker: {ring!r}, {worker!r}")
+        return {"moved": await self._workers.move_ring(ring, worker)}
 
     async def feed_watchdog(self, notifier: Notifier) -> None:
         """Tell the service manager that we are well, only as long as every worker answers."""
@@ -270,7 +278,12 @@ async def run_adapter(
             try:
                 async with trio.open_nursery() as nursery:
                     adapter = Adapter(config, fabric, workers, ground, log=log)
-                    handlers = {"status": adapter.status, "rescan": adapter.rescan, "ls": adapter.ls}
+                    handlers = {
+                        "status": adapter.status,
+                        "rescan": adapter.rescan,
+                        "ls": adapter.ls,
+                        "move": adapter.move,
+                    }
                     await nursery.start(partial(serve_control, config.control, handlers, log=log))
                     ground.start_soon(adapter.hold_port)
                     nursery.start_soon(adapter.serve_guests, listener, nursery.cancel_scope)

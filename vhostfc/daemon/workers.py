@@ -4,6 +4,10 @@ Each worker has copies of the tables, so most messages go to all of them and are
 acknowledged.  One task per worker reads what it says: acknowledgements wake whoever waits for them,
 punts and control requests start a task each; the engine's rations bound how many there are.
 
+Request rings are dealt out among the workers as they come.  When a worker says that it has little rest, what each ring
+does is looked at for a moment, and one goes to another worker if that helps (balance.py); so nothing of this wakes an
+adapter that is idle.
+
 The reading tasks are shielded from cancellation: at the end rings must still be drained and routes
 closed, and that means messages.  They stop when the context is left.
 """
@@ -21,6 +25,7 @@ from typing import NamedTuple
 import structlog
 import trio
 
+from vhostfc.daemon import balance
 from vhostfc.native import Engine, Event, EventKind, InFlight, Map, Match, Memory, RingRole, RingSetup
 from vhostfc.ports import base
 from vhostfc.vhost.effects import MemoryRegion, StartRing
@@ -30,6 +35,10 @@ __all__ = ["Aborted", "Match", "Workers", "WorkersError"]
 
 #: Events taken from one worker before other tasks get a turn.
 TURN = 64
+#: How long the rings of busy workers are looked at before one is moved, seconds.
+LOOK = 0.2
+#: How long a ring that is to move may take to drain, seconds; then it stays where it is.
+PATIENCE = 0.05
 
 _IN_FLIGHT = {
     base.InFlight.FINISH: InFlight.FINISH,
@@ -73,6 +82,10 @@ class Workers:
         self._buffers: Callable[[], None] = lambda: None
         self._broken: Callable[[Event], None] = lambda event: None
         self._latch_stuck: Callable[[int], None] = lambda owner: None
+        self._owners: dict[int, int] = {}  # by request ring
+        self._rings = trio.Lock()  # whose order this is: messages about rings find their owners
+        self._balancing = False
+        self._moved = 0
 
     @classmethod
     @asynccontextmanager
@@ -165,6 +178,10 @@ class Workers:
                 self._broken(event)
             case EventKind.LATCH:
                 self._latch_stuck(event.value)
+            case EventKind.BUSY:
+                if not self._balancing:
+                    self._balancing = True
+                    self._start(self._balance, event)
 
     def _start(self, handler: Handler | None, event: Event) -> None:
         assert self._nursery is not None, "attach() comes before rings"
@@ -196,8 +213,8 @@ class Workers:
         await self._ask(self._all, self._engine.ping)
 
     def counters(self) -> dict[str, int]:
-        """The workers' counters, added up."""
-        total: dict[str, int] = {}
+        """The workers' counters, added up, and how often a ring has moved between them."""
+        total = {"rings_moved": self._moved}
         for worker in self._all:
             for name, value in asdict(self._engine.stats(worker)).items():
                 total[name] = total.get(name, 0) + value
@@ -231,12 +248,21 @@ class Workers:
         self._maps = maps
 
     def _worker_of(self, index: int) -> int:
-        """Control and event ring belong to the first worker, request rings are dealt out in turn."""
-        return 0 if index < RingRole.REQUEST else (index - RingRole.REQUEST) % self._engine.workers
+        """Control and event ring belong to the first worker, a new request ring to the one that has fewest."""
+        if index < RingRole.REQUEST:
+            return 0
+        if index not in self._owners:
+            owned = [*self._owners.values()]
+            self._owners[index] = min(self._all, key=owned.count)
+        return self._owners[index]
 
     async def _ask_one(self, index: int, post: Post, doing: str) -> int:
         """Ask the worker that owns ring `index`; its answer's value.  Raises WorkersError."""
-        (ack,) = await self._ask([self._worker_of(index)], post)
+        if index < RingRole.REQUEST:
+            (ack,) = await self._ask([self._worker_of(index)], post)
+        else:
+            async with self._rings:
+                (ack,) = await self._ask([self._worker_of(index)], post)
         if ack.result < 0:
             raise WorkersError(f"ring {index}: {doing}: {_WHY.get(-ack.result) or os.strerror(-ack.result)}")
         return ack.value
@@ -267,11 +293,50 @@ class Workers:
 
     async def stop_ring(self, index: int, drain: float) -> int:
         """Stop within `drain` seconds and a little; the next avail index."""
-        return await self._ask_one(index, lambda w, s: self._engine.ring_stop(w, s, index, drain), "stopping it")
+        until = trio.current_time() + drain
+
+        def post(worker: int, seq: int) -> None:  # what a move has taken meanwhile is taken off
+            self._engine.ring_stop(worker, seq, index, max(until - trio.current_time(), 0))
+
+        return await self._ask_one(index, post, "stopping it")
 
     async def reset(self) -> None:
         """Forget all rings; they are stopped."""
         await self._ask(self._all, self._engine.reset)
+
+    def _work(self) -> list[dict[int, int]]:
+        work = [self._engine.work(worker) for worker in self._all]
+        return [{ring: done for ring, done in rings.items() if ring in self._owners} for rings in work]
+
+    async def _balance(self, _: Event) -> None:
+        """A worker has little rest; others may have."""
+        try:
+            before = self._work()
+            await trio.sleep(LOOK)
+            move = balance.choose(balance.done_between(before, self._work()))
+            if move is not None:
+                await self.move_ring(move.ring, move.target)
+        finally:
+            self._balancing = False
+
+    async def move_ring(self, index: int, worker: int) -> bool:
+        """Give a request ring to another worker.  False: it stays, because it does not come to rest, or is stopped."""
+        async with self._rings:
+            source = self._worker_of(index)
+            if source == worker or worker not in self._all:
+                return False
+            with trio.CancelScope(shield=True):  # or nobody knew where it is; PATIENCE bounds it
+                (ack,) = await self._ask([source], lambda w, s: self._engine.ring_move(w, s, index, worker, PATIENCE))
+            if ack.result < 0:
+                return False
+            self._owners[index] = worker
+            self._moved += 1
+        self._log.debug("a ring has moved", ring=index, source=source, target=worker)
+        return True
+
+    def owners(self) -> dict[int, int]:
+        """Which worker has which request ring."""
+        return dict(self._owners)
 
     async def put_event(self, event: bytes) -> bool:
         """Put an event into one of the guest's buffers; False when it has given none."""
