@@ -254,7 +254,7 @@ async def test_an_owner_that_is_stuck_is_asked_and_then_killed(tmp_path: Path) -
         two = await join(nursery, tmp_path, 2)
         route = await two.open()
         await two.send(link.LatchStuck(route.nexus, owner))
-        await _until(lambda: _openings(san)[0].epoch > 2)  # asked; it answers, and is alive
+        await _until(lambda: _openings(san)[0].epoch > 2 and not _openings(san)[0].pending)  # asked; it is alive
         adapter.stop()
         await two.send(link.LatchStuck(route.nexus, owner))
         assert await adapter.died() == -signal.SIGKILL
