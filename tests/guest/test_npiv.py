@@ -293,17 +293,16 @@ def test_a_guest_that_leaves_while_its_path_is_lost(guest: NpivGuest, adapter: l
 # ---------------------------------------------------------------- lives
 
 
-def test_a_killed_adapter_finds_its_vport_again(san: San, guest: NpivGuest, adapter: list[Job]) -> None:
+def test_a_killed_adapter_begins_with_a_vport_of_its_own(san: San, guest: NpivGuest, adapter: list[Job]) -> None:
+    """The kernel may have commands of the killed one: they are over when its vport is gone."""
     vport = guest.vport(1)
-    port_id = guest.status(1)["port"]["port_id"]
     guest.check("kill -9 $(pgrep -u vhostfc -f 'serve --config /etc/vhostfc/vm1.toml')")
     adapter[-1].wait(30)
     assert guest.vport(1) == vport
     adapter.append(guest.start_adapter(1))
-    assert guest.vport(1) == vport
-    assert guest.status(1)["port"]["port_id"] == port_id
-    assert "a vport of ours is there already" in guest.log(1)
-    await_luns(guest, [0, 1])
+    assert guest.vport(1) not in {None, vport}
+    assert "commands of a life before this one may be under way" in guest.log(1)
+    await_luns(guest, [0, 1], seconds=60)
 
 
 def test_a_vport_that_somebody_deletes_is_made_anew(guest: NpivGuest, adapter: list[Job]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -22,6 +23,7 @@ from vhostfc.ports import npiv_commands
 from vhostfc.ports.base import (
     Outcome,
     PortEventKind,
+    PortState,
     RemotePortState,
     ScsiResult,
     TaskManagement,
@@ -33,7 +35,7 @@ from vhostfc.ports.npiv_commands import clamped, result_of
 from vhostfc.ports.npiv_paths import MASK, NpivPath, shares, transfer_limit
 from vhostfc.ports.sg import CHANGER, TAPE, SgOutcome, cdb_of, timeouts
 from vhostfc.ports.sysfs import Lun
-from vhostfc.ports.vport import ADVICE, Parents
+from vhostfc.ports.vport import ADVICE, Parents, symbolic_name
 
 ARRAY = Wwn(0x5006_0160_0000_0001)
 UNIT = Unit(ARRAY, lun(0))
@@ -209,10 +211,10 @@ async def test_a_command_that_opens_its_unit_when_the_port_logs_out(lab: Lab, nu
 # ---------------------------------------------------------------- task management
 
 
-async def held(lab: Lab, port: NpivPort, nursery: trio.Nursery) -> None:
+async def held(lab: Lab, port: NpivPort, nursery: trio.Nursery, cdb: bytes = TUR, data: bytes = b"") -> None:
     """A command of ours that the kernel has."""
     lab.array.units[0].hold = True
-    nursery.start_soon(lambda: port.execute(UNIT, TUR, tag=5))
+    nursery.start_soon(lambda: port.execute(UNIT, cdb, data_out=data, tag=5))
     while not any(node.held for node in lab.kernel.nodes.values()):
         await trio.sleep(0.01)
 
@@ -647,6 +649,71 @@ async def test_at_the_end_the_vport_is_deleted_unless_kept(lab: Lab) -> None:
         assert isinstance(port, NpivPort)
         assert port.vport.name == kept.name
     assert lab.kernel.sysfs.vport_of(ME.wwpn) is None
+
+
+def the_vport(lab: Lab) -> str | None:
+    vport = lab.kernel.sysfs.vport_of(ME.wwpn)
+    return None if vport is None else vport.name
+
+
+async def left_behind(lab: Lab) -> str:
+    """A vport of an adapter that was killed."""
+    lab.kernel.make_vport(lab.kernel.hosts["host0"], ME.wwpn, ME.wwnn, symbolic_name(ME))
+    left = the_vport(lab)
+    assert left is not None
+    while (vport := lab.kernel.sysfs.vport(left)) is None or vport.state != "Active":
+        await trio.sleep(0.01)
+    return left
+
+
+async def test_the_vport_of_a_killed_adapter_is_made_anew(lab: Lab) -> None:
+    """The kernel may have commands of it, which are over for certain only when the vport is gone."""
+    left = await left_behind(lab)
+    async with lab.fabric().login(ME) as port:
+        assert port.snapshot().state is PortState.ONLINE
+        assert the_vport(lab) not in {None, left}
+
+
+async def test_a_vport_of_before_that_cannot_be_deleted_is_not_gone_on_with(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = await left_behind(lab)
+    whole = lab.kernel.write
+
+    async def write(path: Path, data: bytes) -> int:
+        if path.name == "vport_delete":
+            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), str(path))
+        return await whole(path, data)
+
+    monkeypatch.setattr(lab.kernel, "write", write)
+    with pytest.raises(LoginRefused, match=f"{left} on host0 cannot be deleted"):
+        async with lab.fabric().login(ME):
+            pass
+
+
+async def test_a_kept_vport_with_a_write_under_way_is_made_anew(lab: Lab) -> None:
+    async with lab.fabric(keep=True).login(ME) as port, trio.open_nursery() as nursery:
+        assert isinstance(port, NpivPort)
+        await held(lab, port, nursery, WRITE, b"O" * 512)
+        nursery.cancel_scope.cancel()
+    kept = the_vport(lab)
+    async with lab.fabric(keep=True).login(ME):
+        anew = the_vport(lab)
+        assert anew not in {None, kept}
+    lab.array.units[0].hold = False
+    for _ in range(2):  # what was idle at its end is, until something begins with it
+        async with lab.fabric(keep=True).login(ME):
+            assert the_vport(lab) == anew
+
+
+async def test_a_note_of_an_idle_vport_is_good_for_one_life(lab: Lab, nursery: trio.Nursery) -> None:
+    async with lab.fabric(keep=True).login(ME):
+        pass
+    kept = the_vport(lab)
+    note = lab.directory / "state" / f"vport-{ME.wwpn.pack().hex()}.idle"
+    assert note.read_text() == kept
+    async with lab.fabric(keep=True).login(ME):
+        assert not note.exists()
 
 
 async def test_a_cancelled_adapter_logs_out(lab: Lab) -> None:

@@ -42,6 +42,7 @@ from vhostfc.ports.base import (
 )
 from vhostfc.ports.fcevents import FcEvent, FcEventCode, Hint, Uevent
 from vhostfc.ports.kernel import Kernel
+from vhostfc.ports.npiv_before import Before
 from vhostfc.ports.npiv_care import HANDS_OFF, Care
 from vhostfc.ports.npiv_commands import SAM_BUSY, Commands
 from vhostfc.ports.npiv_paths import Paths
@@ -134,10 +135,11 @@ class NpivFabric:
         log = self._log.bind(wwpn=str(identity.wwpn))
         self._check_hands_off()
         vports = Vports(self._kernel, self._parents, state=self._state, log=log, patience=self._patience)
+        before = Before(identity, vports, self._kernel.sysfs, state=self._state, log=log)
         failure: Exception | None = None
         with _one_of_us(self._state, identity):
             try:
-                vport = await vports.acquire(identity)
+                vport = await before.acquire()
                 async with self._kernel.hints() as hints, trio.open_nursery() as nursery:
                     port = NpivPort(
                         identity,
@@ -161,6 +163,8 @@ class NpivFabric:
                         failure = error
                     finally:
                         port.end()
+                        if self._keep:
+                            before.leave(idle=port.idle)
                         nursery.cancel_scope.cancel()
             finally:  # whatever is there by now: one that was being made, or has been made anew on another port
                 if not self._keep:
@@ -353,6 +357,11 @@ class NpivPort:
         """Every target that is there has shown units: it may still have more, but not many come later."""
         remotes = self._topology.remote_ports
         return bool(remotes) and all(remote.units for remote in remotes)
+
+    @property
+    def idle(self) -> bool:
+        """The kernel has nothing that may change what is on a medium."""
+        return self._paths.idle and not self._commands.changing
 
     def end(self) -> None:
         self._paths.end_all()

@@ -186,12 +186,18 @@ class Commands:
         self._opening = trio.Lock()
         self._host_room = trio.CapacityLimiter(32)
         self._tasks: dict[_Task, None] = {}
+        self._changing: set[_Task] = set()
         self._closed = False
         self.segments = 128
 
     def set_host(self, can_queue: int, segments: int) -> None:
         self._host_room.total_tokens = max(1, min(32, can_queue // 4))
         self.segments = segments
+
+    @property
+    def changing(self) -> bool:
+        """The kernel has a command that may change what is on a medium."""
+        return bool(self._changing)
 
     # ------------------------------------------------------------ commands
 
@@ -280,6 +286,7 @@ class Commands:
             back = True
             self._host_room.release_on_behalf_of(task)
             place.room.release_on_behalf_of(task)
+            self._changing.discard(task)
             if mend is not None:
                 mend()
 
@@ -288,6 +295,8 @@ class Commands:
                 raise _Ended
             if data_out and self._paths.is_stale(task.unit):
                 raise _Overtaken
+            if data_out:
+                self._changing.add(task)
             task.call = place.file.submit(cdb, data_out=data_out, data_in=data_in, timeout=timeout, ended=ended)
         except BaseException:
             ended()

@@ -119,6 +119,11 @@ class Paths:
         credits = self._credits.get(unit)  # noqa: A001
         return credits is not None and credits.stale > 0
 
+    @property
+    def idle(self) -> bool:
+        """The kernel has nothing of the workers'."""
+        return not any(one.used or one.stale for one in self._credits.values())
+
     def spoil(self, unit: Unit) -> Callable[[], None]:
         """A command from here that may change what is on the medium was given up: the same holds for the workers' next.
         The function that this returns says that the kernel has given it back."""
