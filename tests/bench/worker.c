@@ -1,10 +1,10 @@
 /*
  * worker.c - the data path without threads: a driver fills a ring, the worker's own code takes it from there, in turn.
  *
- *	worker split|packed null|memory|copy COMMANDS [BYTES [DEPTH]]
+ *	worker split|packed null|memory|written|copy COMMANDS [BYTES [DEPTH]]
  *
  * One ring of 256, requests as Linux makes them: one indirect table of header, response and data.  Reads of BYTES
- * (4096) from random blocks in batches of DEPTH (32).  "copy" does the bare memcpy of the same blocks to the same
+ * (4096) from random blocks in batches of DEPTH (32); "written" writes them.  "copy" does the bare memcpy of the same blocks to the same
  * buffers and nothing else.  Prints the nanoseconds of a command, the driver's share excluded as far as a clock can.
  * Under callgrind, with --toggle-collect=ring_run, it gives the instructions.
  */
@@ -35,7 +35,7 @@ static uint32_t bytes = 4096, depth = 32;
 static uint64_t *desc;
 static uint16_t *avail, *used;
 static uint16_t avail_index, used_index;	/* packed: descriptor */
-static bool packed, wrap = true, used_wrap = true;
+static bool packed, writes, wrap = true, used_wrap = true;
 static uint64_t random_state = 88172645463325252ull;
 
 /* Where the guest has what: rings first, then a page for each slot's headers, then the data. */
@@ -80,20 +80,21 @@ static void make_requests(void)
 {
 	for (unsigned slot = 0; slot < depth; slot++) {
 		uint64_t page = RAM_GPA + HEADERS_AT + 4096ull * slot;
-		uint64_t lengths[3] = { 51, 108, bytes };
-		uint64_t addresses[3] = { page + 64, page + 128, RAM_GPA + DATA_AT + (uint64_t)bytes * slot };
+		uint64_t data = RAM_GPA + DATA_AT + (uint64_t)bytes * slot;
+		uint64_t lengths[3] = { 51, writes ? bytes : 108, writes ? 108 : bytes };
+		uint64_t addresses[3] = { page + 64, writes ? data : page + 128, writes ? page + 128 : data };
 		uint64_t *table = (uint64_t *)(ram + HEADERS_AT + 4096ull * slot);
 		uint8_t *header = header_of(slot);
 
 		for (unsigned i = 0; i < 3; i++) {
-			uint64_t flags = (i ? 2 : 0) | (i < 2 && !packed ? 1 : 0);
+			uint64_t flags = (i > writes ? 2 : 0) | (i < 2 && !packed ? 1 : 0);
 
 			table[2 * i] = addresses[i];
 			table[2 * i + 1] = lengths[i] | (packed ? flags << 48 : flags << 32 | (uint64_t)(i + 1) << 48);
 		}
 		header[0] = 1;
 		header[2] = 0x40;
-		header[19] = 0x28;
+		header[19] = writes ? 0x2a : 0x28;
 		header[19 + 7] = (uint8_t)(bytes / 512 >> 8);
 		header[19 + 8] = (uint8_t)(bytes / 512);
 		if (!packed) {
@@ -143,8 +144,8 @@ static __attribute__((noinline)) void take_all(void)
 			must(__atomic_load_n(&used[1], __ATOMIC_ACQUIRE) != used_index, "nothing in the ring");
 			memcpy(&entry, used + 2 + 4 * (used_index++ % SIZE), 8);
 		}
-		must(entry >> 32 == 108 + bytes, "a read that was cut");
-		must(!header_of((unsigned)entry)[64 + 11], "a read that failed");
+		must(entry >> 32 == 108 + (writes ? 0 : bytes), "a command that was cut");
+		must(!header_of((unsigned)entry)[64 + 11], "a command that failed");
 	}
 }
 
@@ -227,8 +228,9 @@ int main(int argc, char **argv)
 	uint64_t commands, begun, driving;
 	struct ring *ring;
 
-	must(argc >= 4, "usage: worker split|packed null|memory|copy COMMANDS [BYTES [DEPTH]]");
+	must(argc >= 4, "usage: worker split|packed null|memory|written|copy COMMANDS [BYTES [DEPTH]]");
 	packed = !strcmp(argv[1], "packed");
+	writes = !strcmp(argv[2], "written");
 	commands = strtoull(argv[3], NULL, 0);
 	if (argc > 4)
 		bytes = (uint32_t)atoi(argv[4]);
