@@ -278,11 +278,11 @@ async def test_a_life_by_way_of_the_helper(lab: Lab, tmp_path: Path) -> None:
 async def test_a_unit_is_set_running_when_it_is_offline_only(lab: Lab) -> None:
     await settled(lab)
     at = lab.path("class/scsi_device/1:0:0:0/device/state")
-    for text in (b"offline", b"running"):
+    for text in (b"offline\n", b"running\n", b"running"):
         with pytest.raises(PermissionError, match=r"not a value|not offline"):
             await lab.helped.write(at, text)
     lab.kernel._set(at, "offline")
-    await lab.helped.write(at, b"running")
+    await lab.helped.write(at, b"running\n")
     assert at.read_text() == "running\n"
 
 

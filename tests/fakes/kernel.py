@@ -169,6 +169,8 @@ class FakeKernel:
         if not path.exists():
             raise OSError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
         self.writes.append((relative, text))
+        if relative.endswith("/device/state") and not data.endswith(b"\n"):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL), str(path))
         for pattern, method in self._FILES:
             match = re.fullmatch(pattern, relative)
             if match:

@@ -39,7 +39,7 @@ _BELOW: tuple[tuple[str, str], ...] = (
     (r"class/fc_remote_ports/rport-[\d:-]+/fast_io_fail_tmo", r"\d{1,4}|off"),
     (r"class/scsi_host/host\d+/scan", r"[-0] (-|\d{1,5}) (-|\d{1,10})"),
     (rf"class/scsi_device/{_HCTL}/device/(delete|rescan)", r"1"),
-    (_STATE, r"running"),
+    (_STATE, r"running\n"),  # the kernel wants the end of line
 )
 
 

@@ -22,6 +22,8 @@ from vhostfc.ports.kernel import Kernel
 from vhostfc.ports.sysfs import Lun, Rport
 
 OFFLINE = "offline"
+#: The kernel wants its end of line here, and nowhere else (store_state_field of scsi_sysfs.c).
+RUNNING = "running\n"
 #: Seconds between two attempts to mend a unit: they become longer, and what held so long is forgotten.
 FIRST, LONGEST = 10.0, 600.0
 HANDS_OFF = (
@@ -98,11 +100,7 @@ class Care:
         online = {rport.target for rport in rports if rport.state == "Online"}
         devices = self._sysfs.of_class("scsi_device")
         self._running.go(
-            {
-                hctl: (devices / hctl / "device/state", "running")
-                for hctl, lun in offline.items()
-                if lun.target in online
-            }
+            {hctl: (devices / hctl / "device/state", RUNNING) for hctl, lun in offline.items() if lun.target in online}
         )
 
     # ------------------------------------------------------------ timers
