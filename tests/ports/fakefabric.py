@@ -21,9 +21,14 @@ from vhostfc.fc.els import Els
 from vhostfc.fc.frame import Address, Frame, RCtl, els_reply
 from vhostfc.fc.login import Login
 from vhostfc.fc.wwn import Wwn
+from vhostfc.native import LATCH_BYTES
 
 #: READ(10) and WRITE(10).
 MASK = (1 << 0x28 | 1 << 0x2A).to_bytes(32, "little")
+
+
+#: Of the memfd that is medium and latch in one, as nobody here does I/O.
+MEDIUM_BYTES = max(4 << 20, LATCH_BYTES)
 
 
 @dataclass(eq=False)
@@ -63,7 +68,7 @@ class FakeFabric:
         self._seq = 1 << 31
         self._changed = trio.Event()
         self._memfd = os.memfd_create("medium")
-        os.ftruncate(self._memfd, 4 << 20)  # medium and latch in one, as nobody here does I/O
+        os.ftruncate(self._memfd, MEDIUM_BYTES)
 
     def close(self) -> None:
         os.close(self._memfd)
