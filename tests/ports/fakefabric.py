@@ -25,8 +25,8 @@ from vhostfc.native import LATCH_BYTES
 
 #: READ(10) and WRITE(10).
 MASK = (1 << 0x28 | 1 << 0x2A).to_bytes(32, "little")
-#: Bytes of what is medium and latch in one, as nobody here does I/O.
-MEMFD = max(4 << 20, LATCH_BYTES)
+#: Of the memfd that is medium and latch in one, as nobody here does I/O.
+MEDIUM_BYTES = max(4 << 20, LATCH_BYTES)
 
 
 @dataclass(eq=False)
@@ -66,7 +66,7 @@ class FakeFabric:
         self._seq = 1 << 31
         self._changed = trio.Event()
         self._memfd = os.memfd_create("medium")
-        os.ftruncate(self._memfd, MEMFD)
+        os.ftruncate(self._memfd, MEDIUM_BYTES)
 
     def close(self) -> None:
         os.close(self._memfd)

@@ -20,7 +20,7 @@ from trio.testing import MockClock
 
 from tests.fc.tiny import BLOCK, Done, TinyTarget
 from tests.ports.contract import ME, TUR, lun, read, sense, take, until_topology, write
-from tests.ports.fakefabric import MASK, MEMFD, Connection, FakeFabric
+from tests.ports.fakefabric import MASK, MEDIUM_BYTES, Connection, FakeFabric
 from vhostfc.errors import LoginRefused
 from vhostfc.fabric import link
 from vhostfc.fc import els
@@ -74,7 +74,7 @@ class Media(list[FakeMedium]):
     def make(self, route: link.Route, fds: list[int]) -> FakeMedium:
         if self.fail is not None:
             raise self.fail
-        self.append(FakeMedium(route, [os.fstat(fd).st_size for fd in fds] == [MEMFD] * 2))
+        self.append(FakeMedium(route, [os.fstat(fd).st_size for fd in fds] == [MEDIUM_BYTES] * 2))
         return self[-1]
 
 
