@@ -86,12 +86,15 @@ def spinning(cpu: int) -> Iterator[None]:
 
 
 def fio(path: Path, cache: str, options: BenchOptions, cpu: int) -> tuple[float, float]:
-    """(commands per second, nanoseconds of CPU a command) of one run."""
+    """(commands per second, nanoseconds of CPU a command) of one run.
+
+    As a thread: its processes begin sessions of their own, which the scheduler weighs for themselves.
+    """
     done = subprocess.run(
         ["taskset", "-c", str(cpu), "fio", "--name=files", f"--filename={path}", "--ioengine=io_uring", "--norandommap",
          f"--rw={options.rw}", f"--bs={options.block_size}", f"--iodepth={options.iodepth}", f"--size={SIZE}",
          f"--direct={int(cache == 'none')}", "--time_based", f"--runtime={options.seconds}", f"--ramp_time={WARM_UP}",
-         "--randrepeat=0", "--invalidate=0", "--fallocate=none", "--output-format=json"],
+         "--randrepeat=0", "--invalidate=0", "--fallocate=none", "--thread", "--output-format=json"],
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     (job,) = json.loads(done.stdout)["jobs"]
