@@ -143,7 +143,9 @@ def watching(guest: FcoeGuest, path: str) -> Iterator[list[str]]:
     seen: list[str] = []
     on = f"/run/watching{path.replace('/', '.')}"
     guest.check(f"touch {on}")
-    job = guest.popen(f'while [ -e {on} ]; do s=$(cat {path}); [ "$s" = "$before" ] || echo "$s"; before=$s; done')
+    look = f's=$(cat {path}); [ "$s" = "$before" ] || echo "$s"; before=$s; : >{on}.began'
+    job = guest.popen(f"while [ -e {on} ]; do {look}; done")
+    guest.wait(f"[ -e {on}.began ]")
     try:
         yield seen
     finally:
