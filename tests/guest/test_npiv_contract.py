@@ -16,7 +16,7 @@ from tests.lab.npiv import NpivGuest
 from tests.lab.san import TARGET, San, UnitSpec
 from tests.ports.contract import FabricContract
 
-pytestmark = [pytest.mark.guest, pytest.mark.long]
+pytestmark = pytest.mark.guest
 
 #: How long a cut link stays so.
 OUTAGE = 2.5
