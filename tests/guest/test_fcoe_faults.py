@@ -142,7 +142,7 @@ def watching(guest: FcoeGuest, path: str) -> Iterator[list[str]]:
     """What a file of sysfs says meanwhile, each change: short states are seen too."""
     seen: list[str] = []
     on = f"/run/watching{path.replace('/', '.')}"
-    guest.check(f"touch {on}")
+    guest.check(f"rm -f {on}.began; touch {on}")
     look = f's=$(cat {path}); [ "$s" = "$before" ] || echo "$s"; before=$s; : >{on}.began'
     job = guest.popen(f"while [ -e {on} ]; do {look}; done")
     guest.wait(f"[ -e {on}.began ]")
@@ -151,6 +151,13 @@ def watching(guest: FcoeGuest, path: str) -> Iterator[list[str]]:
     finally:
         guest.check(f"rm {on}")
         seen += job.wait(30)[1].splitlines()
+
+
+def went_and_came_back(states: list[str], well: str, between: set[str]) -> None:
+    """Not each state lasts long enough to be seen, but one of them does."""
+    assert states[0] == states[-1] == well, states
+    assert between & set(states), states
+    assert set(states) <= between | {well}, states
 
 
 def verified_io(guest: FcoeGuest, disk: str, *, size: str = "2m", depth: int = 4) -> None:
@@ -237,8 +244,8 @@ def test_all_links_of_the_physical_port_are_cleared(
         san.wait_for(lambda: logins(san) == before and not set(sessions(san).items()) & set(since.items()), timeout=60)
         await_vport(guest, vport, "Active")
         await_rport(guest, vport, "Online")
-    assert [state for state in states if state != "Initializing"] == ["Active", "Linkdown", "Active"]
-    assert physical == ["Online", "Offline", "Online"]
+    went_and_came_back(states, "Active", {"Linkdown", "Initializing"})
+    went_and_came_back(physical, "Online", {"Offline", "Linkdown"})
     assert guest.luns(guest.host_of(vport))[1] == disk
     verified_io(guest, disk)
 
@@ -256,8 +263,8 @@ def test_a_link_that_is_down_for_three_seconds(san: San, guest: FcoeGuest, host:
         san.wait_for(lambda: wwpn(VPORT) in logins(san), timeout=60)
         await_vport(guest, vport, "Active")
         await_rport(guest, vport, "Online")
-    assert [state for state in states if state != "Initializing"] == ["Active", "Linkdown", "Active"]
-    assert physical == ["Online", "Offline", "Online"]
+    went_and_came_back(states, "Active", {"Linkdown", "Initializing"})
+    went_and_came_back(physical, "Online", {"Offline", "Linkdown"})
     assert guest.luns(guest.host_of(vport))[1] == disk
     verified_io(guest, disk)
 

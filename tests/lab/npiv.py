@@ -78,11 +78,12 @@ class NpivGuest(FcoeGuest):
     def start_adapter(self, number: int, fabric: str = "") -> Job:
         """Start it, and wait until its port is logged in."""
         path = self.write_adapter(number, fabric)
+        up = f'grep -cs "adapter is up" /run/vm{number}.log'
+        before = int(self.run(up)[1].strip() or 0)  # what an earlier one has said, and its socket, are no sign
         job = self.popen(
             f"cd {SOURCE} && exec {RIGHTS} {sys.executable} -m vhostfc serve --config {path} >>/run/vm{number}.log 2>&1"
         )
-        self.wait(f'grep -q "adapter is up" /run/vm{number}.log')
-        self.wait(f"[ -S /run/vhostfc/vm{number}/vhost.control ]")
+        self.wait(f"[ $({up}) -gt {before} ]")
         for _ in range(30):
             if self.status(number)["port"]["state"] == "online":
                 return job
