@@ -267,7 +267,11 @@ async def _true() -> bool:
     return True
 
 
-async def test_another_guests_tag_is_not_the_surveys(lab: Lab, port: NpivPort) -> None:
+async def test_a_command_of_the_survey_is_no_task_of_the_guests(lab: Lab, port: NpivPort) -> None:
+    lab.array.units[0].hold = True
+    with trio.fail_after(5):
+        while not any(node.held for node in lab.kernel.nodes.values()):
+            await trio.sleep(0.01)
     assert await port.manage(UNIT, TaskManagement.QUERY_TASK_SET) is TaskManagementResponse.FUNCTION_COMPLETE
 
 
