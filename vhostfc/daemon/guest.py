@@ -63,7 +63,7 @@ class GuestSide:
         drain_timeout: float,
         log: structlog.typing.FilteringBoundLogger,
         held: bool = False,
-        stopped: Callable[[int | None], Awaitable[None]] | None = None,
+        stopped: Callable[[int | None], Awaitable[None]],
     ) -> None:
         self.active = trio.Event()
         self.inactive = trio.Event()
@@ -170,15 +170,13 @@ class GuestSide:
             case StopRing(index):
                 self._waiting.discard(index)
                 base = await self._workers.stop_ring(index, self._time_to_drain())
-                if self._stopped is not None:
-                    await self._stopped(index)
+                await self._stopped(index)
                 session.ring_stopped(index, base)
             case ResetDevice():
                 self._driven = False
                 self._events.clear()
                 await self._workers.reset()
-                if self._stopped is not None:
-                    await self._stopped(None)
+                await self._stopped(None)
             case Close(fds):
                 close_fds(fds)
 
