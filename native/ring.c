@@ -300,7 +300,7 @@ static bool goes_on(struct worker *worker, struct ring *ring)
 		if (!ring->empty_since)
 			ring->empty_since = now;
 		ring->looked = now;
-		if (now - ring->empty_since < patience(worker, ring))
+		if (worker->more || now - ring->empty_since < patience(worker, ring))
 			return true;
 		ring->slept = true;
 	}

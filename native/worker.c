@@ -17,6 +17,11 @@
 #define CREDIT 512
 #define TURN 4
 #define EVENTS 64
+/*
+ * Ends that are taken from an engine at a time.  A disk mostly ends many together; when the first few are answered at
+ * once, what their driver asks for next reaches the disk while the others' data is still being copied.
+ */
+#define REAP 4
 #define TAG_MAILBOX VFC_MAX_RINGS
 #define TAG_FILES (VFC_MAX_RINGS + 1)
 #define TAG_SG (VFC_MAX_RINGS + 2)
@@ -299,11 +304,13 @@ static void messages(struct worker *worker)
 
 static unsigned reap(struct worker *worker, struct vfc_path_engine *engine)
 {
-	struct vfc_cmd *done[BATCH];
-	unsigned count = engine->ops->reap(engine, done, BATCH);
+	struct vfc_cmd *done[REAP];
+	unsigned count = engine->ops->reap(engine, done, REAP);
 
 	if (count)
 		move_took(worker);
+	if (count == REAP)
+		worker->more = true;
 	for (unsigned i = 0; i < count; i++) {
 		struct command *command = (struct command *)done[i];	/* its first member */
 
@@ -440,7 +447,7 @@ void *worker_main(void *argument)
 	epoll_ctl(worker->epoll_fd, EPOLL_CTL_ADD, worker->box.wake_fd, &mailbox);
 	epoll_ctl(worker->epoll_fd, EPOLL_CTL_ADD, files->wait_fd(worker->files), &completions);
 	while (!worker->quit) {
-		bool busy = worker_any_active(worker);
+		bool busy = worker_any_active(worker) || worker->more;
 
 		if (!busy)
 			wait_for_work(worker, patience(worker));
@@ -448,6 +455,7 @@ void *worker_main(void *argument)
 			wait_for_work(worker, 0);
 		run_active(worker);
 		files->flush(worker->files);
+		worker->more = false;
 		reap(worker, worker->files);
 		if (worker->sg)
 			reap(worker, worker->sg);

@@ -192,6 +192,7 @@ struct worker {
 	uint32_t polled;	/* rings without a kick fd */
 	uint32_t generation;
 	bool unsettled;		/* a view, a route or a ring may have become free */
+	bool more;		/* an engine may have more ends than were taken */
 	bool quit;
 	uint64_t latch_said;	/* ns: the last VFC_EVENT_LATCH */
 };
