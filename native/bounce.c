@@ -261,6 +261,25 @@ struct vfc_cmd *bounce_end(struct bounce_pool *pool, struct bounce *bounce)
 	return cmd;
 }
 
+struct bounce *bounce_first(struct bounce_list *list)
+{
+	struct bounce *bounce = list->first;
+
+	if (bounce)
+		list->first = bounce->next;
+	return bounce;
+}
+
+void bounce_append(struct bounce_list *list, struct bounce *bounce)
+{
+	bounce->next = NULL;
+	if (list->first)
+		list->last->next = bounce;
+	else
+		list->first = bounce;
+	list->last = bounce;
+}
+
 void bounce_abandon(struct vfc_cmd *cmd)
 {
 	struct bounce *bounce = cmd->priv;

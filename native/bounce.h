@@ -17,6 +17,8 @@ struct bounce {
 	uint8_t op;		/* enum vfc_op */
 	bool fua;
 	bool cancelled;
+	bool lent;		/* to a crew, */
+	bool begun;		/* and one of its threads is at it */
 	bool shared;		/* the latch, with others of this path */
 	int error;
 	uint64_t offset;	/* in the medium */
@@ -48,6 +50,9 @@ enum vfc_submit bounce_begin(struct bounce_pool *pool, struct vfc_cmd *cmd, stru
 bool bounce_step(struct bounce *bounce, ssize_t result);
 /* Lets go of everything, after the data of a read went to the guest.  Returns the command, or NULL. */
 struct vfc_cmd *bounce_end(struct bounce_pool *pool, struct bounce *bounce);
+/* The first of a list, taken from it; NULL: there is none. */
+struct bounce *bounce_first(struct bounce_list *list);
+void bounce_append(struct bounce_list *list, struct bounce *bounce);
 void bounce_abandon(struct vfc_cmd *cmd);
 void bounce_pool_free(struct bounce_pool *pool);
 

@@ -44,6 +44,11 @@ struct vfc_holders {
 	uint16_t ever;		/* since the word was taken: others want it as well, one day */
 };
 
+/* First come, first served. */
+struct bounce_list {
+	struct bounce *first, *last;
+};
+
 /* Where one route leads; embedded in the route. */
 struct vfc_path {
 	struct vfc_path_engine *engine;
@@ -53,6 +58,8 @@ struct vfc_path {
 	struct vfc_holders *holders;	/* by word, made when the first is needed */
 	uint16_t pass, passed;	/* reads that do not ask the page cache first: so many, and how many did not */
 	int32_t slot;		/* the engine's own: 0 nothing was tried yet, VFC_NO_SLOT */
+	bool writing;		/* a crew's: one of its threads writes, or is to, */
+	struct bounce_list writes;	/* and then these */
 	uint32_t busy;		/* operations that may still touch the medium, abandoned ones included; the engine counts */
 	void *own;		/* the engine's, from open() to close() */
 };

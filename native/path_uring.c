@@ -5,16 +5,21 @@
  *
  * What the kernel needs not do again for every I/O is done once: each route's file is registered (the kernel then takes
  * no reference of its own for an I/O), and completions are worked off when the worker asks for them, by itself, instead
- * of whenever they interrupt it (IORING_SETUP_DEFER_TASKRUN, Linux 6.1).
+ * of whenever they interrupt it (IORING_SETUP_COOP_TASKRUN, Linux 5.19).
+ *
+ * Writes through the page cache go to a crew of threads instead.  Most file systems let io_uring do none without
+ * blocking, so it has threads of its own for them, which wake up whoever waits after every single one; that costs more
+ * than the write.
  */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <liburing.h>
+#include <poll.h>
 #include <stdlib.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#include "bounce.h"
+#include "crew.h"
 #include "worker.h"
 
 #define ENTRIES 256
@@ -31,6 +36,9 @@ struct uring {
 	struct io_uring ring;
 	struct bounce *again;	/* the rest of short ones, waiting for room in the ring */
 	unsigned cancels;	/* that the kernel has yet to answer */
+	struct crew crew;
+	enum { NO_CREW_YET, CREW, NO_CREW } has;	/* made when the first has something to do */
+	bool hears;		/* the ring looks at the crew's eventfd */
 	bool enabled;		/* the worker's thread has made it its own */
 	bool registers;		/* there is a table of files */
 	uint64_t taken[FILES / 64];	/* of its slots */
@@ -121,6 +129,33 @@ static bool prepare(struct uring *uring, struct bounce *bounce)
 	return true;
 }
 
+/* The crew's eventfd wakes up whoever waits for the ring. */
+static void hear(struct uring *uring)
+{
+	struct io_uring_sqe *sqe = uring->hears ? NULL : get_sqe(uring);
+
+	if (!sqe)
+		return;
+	io_uring_prep_poll_multishot(sqe, uring->crew.fd, POLLIN);
+	io_uring_sqe_set_data(sqe, &uring->crew);
+	uring->hears = true;
+}
+
+static bool lend(struct uring *uring, struct bounce *bounce)
+{
+	if (bounce->op != VFC_OP_WRITE || bounce->fua || bounce->medium->kind != VFC_MEDIUM_FILE)
+		return false;
+	/* Of Linux 5.13, as is a poll that goes on after its first event. */
+	if (uring->has == NO_CREW_YET)
+		uring->has = uring->ring.features & IORING_FEAT_RSRC_TAGS && !crew_begin(&uring->crew, CREW_MOST) ? CREW : NO_CREW;
+	if (uring->has == NO_CREW)
+		return false;
+	hear(uring);
+	bounce->lent = true;
+	crew_give(&uring->crew, bounce);
+	return true;
+}
+
 static enum vfc_submit submit(struct vfc_path_engine *engine, struct vfc_cmd *cmd)
 {
 	struct uring *uring = uring_of(engine);
@@ -131,7 +166,7 @@ static enum vfc_submit submit(struct vfc_path_engine *engine, struct vfc_cmd *cm
 		enable(uring);
 	if (__builtin_expect(!cmd->path->slot, 0))
 		register_file(uring, cmd->path);
-	if (verdict == VFC_QUEUED && !prepare(uring, bounce)) {
+	if (verdict == VFC_QUEUED && !lend(uring, bounce) && !prepare(uring, bounce)) {
 		bounce->next = uring->again;
 		uring->again = bounce;
 	}
@@ -149,9 +184,35 @@ static void flush(struct vfc_path_engine *engine)
 			break;
 		uring->again = bounce->next;
 	}
+	if (uring->has == CREW) {
+		hear(uring);
+		crew_flush(&uring->crew);
+	}
 	/* EBUSY or EAGAIN: the kernel wants completions reaped first, which is what comes next. */
 	if (io_uring_sq_ready(&uring->ring))
 		io_uring_submit_and_get_events(&uring->ring);
+}
+
+/* True: it was the crew's. */
+static bool heard(struct uring *uring, const struct io_uring_cqe *cqe)
+{
+	if (io_uring_cqe_get_data(cqe) != &uring->crew)
+		return false;
+	if (!(cqe->flags & IORING_CQE_F_MORE))
+		uring->hears = false;
+	return true;
+}
+
+static unsigned reap_crew(struct uring *uring, struct vfc_cmd **done, unsigned count, unsigned max)
+{
+	struct bounce *bounce;
+
+	while (count < max && (bounce = crew_take(&uring->crew))) {
+		done[count] = bounce_end(&uring->pool, bounce);
+		if (done[count])
+			count++;
+	}
+	return count;
 }
 
 static unsigned reap(struct vfc_path_engine *engine, struct vfc_cmd **done, unsigned max)
@@ -160,14 +221,17 @@ static unsigned reap(struct vfc_path_engine *engine, struct vfc_cmd **done, unsi
 	struct io_uring_cqe *cqe;
 	unsigned count = 0;
 
-	/* The kernel owes us nothing: not even a look at the ring. */
-	if (!uring->pool.under_way && !uring->cancels)
+	/* Nobody owes us anything: not even a look at the ring. */
+	if (!uring->pool.under_way && !uring->cancels && uring->has != CREW)
 		return 0;
 	while (count < max && !io_uring_peek_cqe(&uring->ring, &cqe)) {
 		struct bounce *bounce = io_uring_cqe_get_data(cqe);
 		int result = cqe->res;
+		bool crews = heard(uring, cqe);
 
 		io_uring_cqe_seen(&uring->ring, cqe);
+		if (crews)
+			continue;
 		/* The answer to a cancel; what it cancelled answers for itself. */
 		if (!bounce) {
 			uring->cancels--;
@@ -182,16 +246,22 @@ static unsigned reap(struct vfc_path_engine *engine, struct vfc_cmd **done, unsi
 		if (done[count])
 			count++;
 	}
-	return count;
+	/* Last: a note of the crew's that was read just now may be of these. */
+	return uring->has == CREW ? reap_crew(uring, done, count, max) : count;
 }
 
 static void cancel(struct vfc_path_engine *engine, struct vfc_cmd *cmd)
 {
 	struct uring *uring = uring_of(engine);
 	struct bounce *bounce = cmd->priv;
-	struct io_uring_sqe *sqe = get_sqe(uring);
+	struct io_uring_sqe *sqe;
 
+	if (bounce->lent) {
+		crew_cancel(&uring->crew, bounce);
+		return;
+	}
 	bounce->cancelled = true;
+	sqe = get_sqe(uring);
 	if (!sqe)
 		return;
 	uring->cancels++;
@@ -264,6 +334,8 @@ void path_uring_free(struct vfc_path_engine *engine)
 	struct uring *uring = uring_of(engine);
 
 	io_uring_queue_exit(&uring->ring);
+	if (uring->has == CREW)
+		crew_end(&uring->crew);
 	bounce_pool_free(&uring->pool);
 	free(uring);
 }

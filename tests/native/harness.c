@@ -646,6 +646,16 @@ void gate_open(void)
 	pthread_mutex_unlock(&gate_lock);
 }
 
+unsigned gate_waits(void)
+{
+	unsigned waiting;
+
+	pthread_mutex_lock(&gate_lock);
+	waiting = gate_waiting;
+	pthread_mutex_unlock(&gate_lock);
+	return waiting;
+}
+
 void gate_await(unsigned threads)
 {
 	pthread_mutex_lock(&gate_lock);

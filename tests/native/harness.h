@@ -209,13 +209,15 @@ void unit_open(struct unit *unit, uint32_t kind, uint64_t blocks, uint32_t owner
 struct vfc_medium *unit_again(const struct unit *unit, uint32_t kind, uint32_t owner);
 void unit_close(struct unit *unit);
 
-/* A gate in front of preadv2, pwritev2 and fdatasync: while it is closed the pool's threads wait there. */
+/* A gate in front of preadv2, pwritev2 and fdatasync: while it is closed the crew's threads wait there. */
 void gate_close(void);
 void gate_open(void);
 /* Waits until that many threads stand before it. */
 void gate_await(unsigned threads);
+/* How many stand there. */
+unsigned gate_waits(void);
 
-/* The errno that what syncs ends with: the pool's fdatasync, and pwritev2 with RWF_DSYNC.  0: as they do. */
+/* The errno that what syncs ends with: the crew's fdatasync, and pwritev2 with RWF_DSYNC.  0: as they do. */
 extern _Atomic int harness_sync_error;
 
 /* What engines made with VFC_ENGINE_NO_URING use for files; NULL: the pool. */

@@ -81,6 +81,77 @@ TEST(a_stop_is_bounded_when_io_hangs)
 	unit_close(&unit);
 }
 
+/* ---------------------------------------------------------------- writes through the page cache */
+
+static struct request send_write(unsigned slot, uint16_t lun, uint32_t lba, uint8_t byte)
+{
+	struct request write = request_rw(&ring, slot, OP_WRITE_10, lba, 1);
+
+	request_header(&ring, &write)[3] = (uint8_t)lun;
+	memset(request_out(&ring, &write), byte, 512);
+	request_send(&ring, &write);
+	return write;
+}
+
+/* One at a time to one file, and as many as there are files. */
+static void writes_go_in_turn(uint32_t flags)
+{
+	struct vfc_msg second = { .kind = VFC_MSG_ROUTE, .route = { .lun = 1, .in_flight = VFC_FINISH } };
+	struct unit beside;
+
+	begin(VFC_MEDIUM_FILE, flags);
+	unit_open(&beside, VFC_MEDIUM_FILE, 4096, 2);
+	second.route.medium = beside.medium;
+	memset(second.route.mask, 0xff, sizeof(second.route.mask));
+	CHECK_EQUAL(guest_ask(&guest, 0, &second).result, 0);
+	gate_close();
+	for (unsigned i = 0; i < 12; i++)
+		send_write(i, 0, 8 * i, 0x42);
+	gate_await(1);
+	send_write(12, 1, 0, 0x43);
+	gate_await(2);
+	CHECK_EQUAL(gate_waits(), 2);
+	gate_open();
+	for (unsigned i = 0; i < 13; i++)
+		drive_wait(&ring);
+	for (unsigned i = 0; i < 12; i++)
+		CHECK_EQUAL(unit.bytes[8 * i * 512], 0x42);
+	CHECK_EQUAL(beside.bytes[0], 0x43);
+	second.route.medium = NULL;
+	CHECK_EQUAL(guest_ask(&guest, 0, &second).result, 0);
+	end();
+	unit_close(&beside);
+}
+
+TEST(cached_writes_go_in_turn) { writes_go_in_turn(0); }
+TEST(cached_writes_go_in_turn_without_uring) { writes_go_in_turn(VFC_ENGINE_NO_URING); }
+
+/* What waits for its turn when its ring is stopped is not written afterwards. */
+static void waiting_writes_end_with_their_ring(uint32_t flags)
+{
+	struct request first, waiting;
+
+	begin(VFC_MEDIUM_FILE, flags);
+	gate_close();
+	first = send_write(0, 0, 0, 0x42);
+	gate_await(1);
+	waiting = send_write(1, 0, 8, 0x43);
+	while (guest_stats(&guest, 0).in_flight < 2)
+		guest_ping(&guest, 0);
+	drive_stop(&ring, 30);
+	CHECK_EQUAL(request_response(&ring, &first), S_RESET);
+	CHECK_EQUAL(request_response(&ring, &waiting), S_RESET);
+	gate_open();
+	/* The ack of the next route says that all of it is over. */
+	CHECK_EQUAL(guest_ack(&guest, 0, post_route(NULL, VFC_FINISH)).result, 0);
+	CHECK_EQUAL(unit.bytes[0], 0x42);
+	CHECK_EQUAL(unit.bytes[8 * 512], 0);
+	end();
+}
+
+TEST(waiting_cached_writes_end_with_their_ring) { waiting_writes_end_with_their_ring(0); }
+TEST(waiting_cached_writes_end_with_their_ring_without_uring) { waiting_writes_end_with_their_ring(VFC_ENGINE_NO_URING); }
+
 TEST(io_uring_that_hangs_is_cancelled)
 {
 	/* A pipe is a file that nothing can be read from for as long as we like. */
@@ -394,7 +465,7 @@ TEST(only_what_overlaps_a_write_waits)
 {
 	struct request first, beside, read, same, over, behind;
 
-	begin(VFC_MEDIUM_FILE, VFC_ENGINE_NO_URING);
+	begin(VFC_MEDIUM_DIRECT, VFC_ENGINE_NO_URING);
 	memset(unit.bytes, 0x11, 64 * 512);
 	gate_close();
 	first = request_rw(&ring, 0, OP_WRITE_10, 0, 2);
@@ -452,5 +523,6 @@ static void others_get_a_turn(uint32_t flags, unsigned write_percent)
 
 TEST(reads_side_by_side_let_others_have_a_turn) { others_get_a_turn(0, 0); }
 TEST(reads_side_by_side_let_others_have_a_turn_without_uring) { others_get_a_turn(VFC_ENGINE_NO_URING, 0); }
+TEST(writes_in_turn_let_others_have_a_turn) { others_get_a_turn(0, 100); }
 TEST(writes_side_by_side_let_others_have_a_turn) { others_get_a_turn(0, 50); }
 TEST(writes_side_by_side_let_others_have_a_turn_without_uring) { others_get_a_turn(VFC_ENGINE_NO_URING, 50); }
