@@ -6,7 +6,7 @@ goes on with that.  It does not outlive the unit.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Generator
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
 import structlog
@@ -14,10 +14,7 @@ import trio
 
 from vhostfc.daemon.fabric_units import Served
 from vhostfc.scsi import sanitize
-from vhostfc.scsi.task import Effect, Nexus
-
-#: What does it; its end is all it answers.
-BackgroundSteps = Generator[Effect, object, None]
+from vhostfc.scsi.task import BackgroundSteps, Nexus
 
 
 @dataclass(eq=False, slots=True)
