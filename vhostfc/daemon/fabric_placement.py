@@ -11,7 +11,8 @@ from collections import deque
 from collections.abc import Callable, Collection, Mapping
 
 from vhostfc.config import FabricConfig, TargetConfig, UnitConfig
-from vhostfc.daemon.fabric_units import Key, Maker, Served, key
+from vhostfc.daemon.fabric_maker import Maker, key
+from vhostfc.daemon.fabric_units import Key, Served
 from vhostfc.daemon.fencing import Verdict
 from vhostfc.fabric.array import Array, Place
 from vhostfc.fabric.rations import Rations
