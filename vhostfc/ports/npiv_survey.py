@@ -16,7 +16,8 @@ import trio
 from vhostfc.fc.wwn import Wwn
 from vhostfc.ports.base import Outcome, RemotePortState, Unit
 from vhostfc.ports.kernel import Kernel
-from vhostfc.ports.npiv_commands import INQUIRY, REPORT_LUNS, Commands
+from vhostfc.ports.npiv_commands import Commands
+from vhostfc.ports.npiv_results import INQUIRY, REPORT_LUNS
 from vhostfc.ports.sysfs import Lun, Rport
 
 #: Seconds for a target's answer.
