@@ -15,7 +15,7 @@ from tests.daemon.test_fabric_sanitize import file_unit, started
 from tests.daemon.test_fabricd import fabric
 from tests.scsi.test_extended_copy import cdb, cscd, parameters, segment
 from vhostfc.daemon import media
-from vhostfc.daemon.media import NotSynced
+from vhostfc.daemon.medium import NotSynced
 from vhostfc.fabric.link import Route
 from vhostfc.native import Latch
 

@@ -13,8 +13,8 @@ import trio
 from tests.daemon.linkadapter import LinkAdapter, read_10, write_10
 from tests.daemon.test_fabric_reservations import may
 from tests.daemon.test_fabricd import TARGET, UNIT, config, fabric, join
-from vhostfc.daemon import media
 from vhostfc.daemon.fabric_journal import Journal
+from vhostfc.daemon.medium import Medium
 from vhostfc.errors import VhostfcError
 from vhostfc.fc.fcp import TmFlag
 from vhostfc.native import Latch
@@ -169,17 +169,17 @@ async def test_one_that_fails_half_way_is_undone(tmp_path: Path, monkeypatch: py
     async with fabric(tmp_path, file_unit(tmp_path)) as (_, nursery):
         (one,) = await started(nursery, tmp_path, 1)
         await one.command(write_10(3, 2), data_out=A + A)
-        whole = media.Medium._write
+        whole = Medium._write
         failures = [None]
 
-        def half(self: media.Medium, lba: int, data: bytes, fua: bool) -> None:
+        def half(self: Medium, lba: int, data: bytes, fua: bool) -> None:
             if failures:
                 failures.pop()
                 whole(self, lba, data[:512], fua)
                 raise MediumError(lba + 1, space=True)
             whole(self, lba, data, fua)
 
-        monkeypatch.setattr(media.Medium, "_write", half)
+        monkeypatch.setattr(Medium, "_write", half)
         answer = await one.command(atomic(3, 2), data_out=B + B)
         assert (answer.status, answer.sense[2], answer.sense[12:14]) == (CHECK_CONDITION, 0x7, b"\x27\x07")
         assert (await one.command(read_10(3, 2), data_in=1024)).data_in == A + A
@@ -312,16 +312,16 @@ async def test_of_two_each_has_its_record_while_it_writes(tmp_path: Path, monkey
     async with fabric(tmp_path, file_unit(tmp_path)) as (san, nursery):
         one, two = await started(nursery, tmp_path, 1, 2)
         (served,) = san.placement.served.values()
-        whole = media.Medium.write
+        whole = Medium.write
         records: list[tuple[int, object]] = []
 
-        async def slowly(self: media.Medium, lba: int, data: bytes, *, fua: bool = False) -> None:
+        async def slowly(self: Medium, lba: int, data: bytes, *, fua: bool = False) -> None:
             await trio.sleep(0.1)  # the other one has begun meanwhile
             record = served.journal.load()
             records.append((lba, record and record[0]))
             await whole(self, lba, data, fua=fua)
 
-        monkeypatch.setattr(media.Medium, "write", slowly)
+        monkeypatch.setattr(Medium, "write", slowly)
         done: list[int] = []
 
         async def write(member: LinkAdapter, lba: int) -> None:

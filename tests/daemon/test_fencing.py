@@ -25,9 +25,10 @@ from tests.daemon.linkadapter import LinkAdapter, attach, read_10, write_10, wwp
 from tests.daemon.test_fabric_reservations import EA, REGISTER, RELEASE, RESERVE, WE, may, out
 from tests.daemon.test_fabricd import TARGET, UNIT, config, fabric, join
 from vhostfc.config import FabricConfig
-from vhostfc.daemon import fabric_latch, fabric_locks, media
+from vhostfc.daemon import fabric_latch, fabric_locks
 from vhostfc.daemon.fabricd import Fabric
 from vhostfc.daemon.fencing import Verdict
+from vhostfc.daemon.medium import Medium
 from vhostfc.fabric import link
 from vhostfc.fabric.link import InFlight, MediumKind, Route
 from vhostfc.fc.fcp import TmFlag
@@ -323,10 +324,10 @@ async def test_a_medium_that_cannot_be_given_anew_is_taken_away_like_any_other(
         two.acks = two.releases = False  # from here on it does not answer
         routes = len(two.seen)
 
-        def reopen(_: media.Medium) -> int:
+        def reopen(_: Medium) -> int:
             raise OSError(errno.EMFILE, "Too many open files")
 
-        monkeypatch.setattr(media.Medium, "reopen", reopen)
+        monkeypatch.setattr(Medium, "reopen", reopen)
         done: list[int] = []
 
         async def reserve() -> None:
@@ -470,7 +471,7 @@ def test_what_narrows() -> None:
 # ---------------------------------------------------------------- helpers
 
 
-def _medium(san: Fabric) -> media.Medium:
+def _medium(san: Fabric) -> Medium:
     (served,) = san.placement.served.values()
     return served.medium
 

@@ -23,7 +23,7 @@ from vhostfc.daemon.fabric_kept import KeptReservations
 from vhostfc.daemon.fabric_store import Store
 from vhostfc.daemon.fabric_units import Key, Served
 from vhostfc.daemon.fencing import Fence, Numbers, Opening
-from vhostfc.daemon.media import Medium
+from vhostfc.daemon.medium import Medium
 from vhostfc.errors import VhostfcError
 from vhostfc.fabric.link import MediumKind
 from vhostfc.fc.wwn import OUI_QEMU, Wwn

@@ -17,7 +17,7 @@ from vhostfc.daemon.fabric_journal import Journal
 from vhostfc.daemon.fabric_latch import Holding
 from vhostfc.daemon.fabric_losses import Losses
 from vhostfc.daemon.fencing import Fence
-from vhostfc.daemon.media import Medium
+from vhostfc.daemon.medium import Medium
 from vhostfc.fabric.faults import UnitFaults
 from vhostfc.fabric.link import InFlight, MediumKind
 from vhostfc.scsi.reservations import State
