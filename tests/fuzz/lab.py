@@ -13,7 +13,7 @@ from tests.scsi.conftest import Medium
 from vhostfc.fabric.gathering import AT_ONCE
 from vhostfc.fabric.management import MAX_BYTES
 from vhostfc.fabric.recovery import KEPT
-from vhostfc.fabric.target import Abort, Exchange, Lost, Manage, Opened, Untold
+from vhostfc.fabric.sessions import Abort, Exchange, Lost, Manage, Opened, Untold
 from vhostfc.fc import els
 from vhostfc.fc.fcp import FcpCmnd, ResponseCode, TmFlag
 from vhostfc.fc.sequence import initiator_data

@@ -33,7 +33,8 @@ from vhostfc import cli, log
 from vhostfc.daemon import capture, control, fabric_changes, fabricd, fabrics, fdsocket, hba, notify
 from vhostfc.daemon.workers import Workers
 from vhostfc.fabric import link
-from vhostfc.fabric.target import Exchange, TargetPort
+from vhostfc.fabric.sessions import Exchange
+from vhostfc.fabric.target import TargetPort
 from vhostfc.fc.frame import Frame
 from vhostfc.ports import emulated
 from vhostfc.ports.emulated_paths import Paths

@@ -14,7 +14,7 @@ from vhostfc.daemon.fabric_running import Running, RunningCommands
 from vhostfc.daemon.fabric_units import Served
 from vhostfc.fabric.array import Array
 from vhostfc.fabric.link import InFlight
-from vhostfc.fabric.target import Exchange
+from vhostfc.fabric.sessions import Exchange
 from vhostfc.fc.frame import Frame
 from vhostfc.scsi.sense import Asc, Sense, SenseKey
 from vhostfc.scsi.server import DeviceServer

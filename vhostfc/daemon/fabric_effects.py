@@ -24,7 +24,7 @@ from vhostfc.daemon.fabric_latch import Holding
 from vhostfc.daemon.fabric_running import Running
 from vhostfc.daemon.fabric_units import Served, narrows
 from vhostfc.fabric.array import Array
-from vhostfc.fabric.target import Exchange
+from vhostfc.fabric.sessions import Exchange
 from vhostfc.scsi.reservations import ReservationConflict
 from vhostfc.scsi.sense import CheckCondition
 from vhostfc.scsi.server import DeviceServer

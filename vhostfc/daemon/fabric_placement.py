@@ -16,8 +16,9 @@ from vhostfc.daemon.fabric_units import Key, Served
 from vhostfc.daemon.fencing import Verdict
 from vhostfc.fabric.array import Array, Place
 from vhostfc.fabric.rations import Rations
+from vhostfc.fabric.sessions import Exchange, Session, Urgent
 from vhostfc.fabric.switch import Output, Switch
-from vhostfc.fabric.target import Exchange, Session, TargetPort, Urgent
+from vhostfc.fabric.target import TargetPort
 from vhostfc.fc.wwn import Wwn
 from vhostfc.scsi.alua import AccessState
 from vhostfc.scsi.inquiry import TargetPort as IdentityPort

@@ -19,8 +19,8 @@ from vhostfc.daemon.fabric_task_manager import TaskManager
 from vhostfc.daemon.fabric_units import Served
 from vhostfc.fabric.array import Array
 from vhostfc.fabric.rations import Rations
+from vhostfc.fabric.sessions import Abort, Exchange, Lost, Manage, Opened, Session, Untold, Urgent
 from vhostfc.fabric.switch import Output, Switch
-from vhostfc.fabric.target import Abort, Exchange, Lost, Manage, Opened, Session, Untold, Urgent
 from vhostfc.fc.frame import Frame
 from vhostfc.scsi import cdb as fields
 from vhostfc.scsi.sense import Asc, Sense, SenseKey, attention_in

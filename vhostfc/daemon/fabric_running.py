@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import trio
 
 from vhostfc.daemon.fabric_units import Served
-from vhostfc.fabric.target import Exchange
+from vhostfc.fabric.sessions import Exchange
 from vhostfc.fc.wwn import Wwn
 from vhostfc.scsi.task import Attribute, Nexus, Task
 

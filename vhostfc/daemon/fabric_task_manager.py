@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable, Iterable
 from vhostfc.daemon.fabric_effects import Effects
 from vhostfc.daemon.fabric_units import Served
 from vhostfc.fabric.array import Array
-from vhostfc.fabric.target import Exchange
+from vhostfc.fabric.sessions import Exchange
 from vhostfc.fc.fcp import ResponseCode, TmFlag
 from vhostfc.fc.frame import Frame
 from vhostfc.scsi.server import DeviceServer

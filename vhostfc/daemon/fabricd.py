@@ -46,8 +46,8 @@ from vhostfc.errors import ConfigError, VhostfcError
 from vhostfc.fabric.array import Array
 from vhostfc.fabric.faults import Active, Fault
 from vhostfc.fabric.rations import Rations
+from vhostfc.fabric.sessions import Exchange, Urgent
 from vhostfc.fabric.switch import Output, Switch
-from vhostfc.fabric.target import Exchange, Urgent
 from vhostfc.fc.wwn import Wwn
 from vhostfc.overlay import Overlay, merged
 
