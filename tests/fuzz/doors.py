@@ -17,7 +17,7 @@ from tests.fuzz.lab import GOOD, Lab
 from tests.fuzz.target import Step, Target, script, steps, whole
 from vhostfc.fabric.fcf import MAX_ENODES, Action, Deliver, Detach, Forwarder, LogOut, Send
 from vhostfc.fabric.zoning import Zone, Zoning
-from vhostfc.fc import bls, ct, els, fcoe, fdmi, fip
+from vhostfc.fc import bls, ct, els, fcoe, fdmi, fip, ns
 from vhostfc.fc.els import Els
 from vhostfc.fc.fcoe import Ethernet, encapsulate
 from vhostfc.fc.fcp import FcpCmnd, TmFlag, cmnd_frame
@@ -109,21 +109,21 @@ def _requests(me: int = 0x010200, target: int = 0x01FE01) -> Iterator[tuple[int,
     ]
     for number, (address, request) in enumerate(well_known):
         yield AS_ME, els_request(me, address, 0x100 + number, request.pack())
-    queries: list[ct.Request] = [
-        ct.ByPortId(ct.Ct.GA_NXT, me),
-        ct.ByPortId(ct.Ct.GPN_ID, me),
-        ct.ByPortId(ct.Ct.DA_ID, me),
-        ct.ByName(ct.Ct.GSNN_NN, name),
-        ct.ByFc4Type(ct.Ct.GPN_FT),
-        ct.GidPt(),
-        ct.GidFf(3),
-        ct.RnnId(me, name),
-        ct.RcsId(me),
-        ct.RptId(me),
-        ct.RftId(me, frozenset({8})),
-        ct.RffId(me, 3),
-        ct.RspnId(me, b"port"),
-        ct.RsnnNn(name, b"node"),
+    queries: list[ns.Request] = [
+        ns.ByPortId(ct.Ct.GA_NXT, me),
+        ns.ByPortId(ct.Ct.GPN_ID, me),
+        ns.ByPortId(ct.Ct.DA_ID, me),
+        ns.ByName(ct.Ct.GSNN_NN, name),
+        ns.ByFc4Type(ct.Ct.GPN_FT),
+        ns.GidPt(),
+        ns.GidFf(3),
+        ns.RnnId(me, name),
+        ns.RcsId(me),
+        ns.RptId(me),
+        ns.RftId(me, frozenset({8})),
+        ns.RffId(me, 3),
+        ns.RspnId(me, b"port"),
+        ns.RsnnNn(name, b"node"),
     ]
     for number, query in enumerate(queries):
         yield AS_ME, ct.ct_request(me, Address.DIRECTORY_SERVER, 0x200 + number, query.pack())
