@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 from tests.fc import golden, pcap
 from tests.fuzz.target import Cases, Packable, attempt, same
@@ -12,6 +13,8 @@ from vhostfc.fc.frame import FcType, Frame, FrameError, RCtl
 from vhostfc.fc.login import Login
 from vhostfc.fc.sequence import DataBuffer, Reassembly, data_frames
 from vhostfc.fc.wwn import Wwn
+
+T = TypeVar("T")
 
 ME, PEER = Wwn(0x5001_4380_0000_0002), Wwn(0x5006_0160_0000_0001)
 
@@ -23,6 +26,16 @@ def _codec(decode: Callable[[bytes], Packable]) -> Callable[[bytes], None]:
         value = attempt(lambda: decode(data), FrameError)
         if value is not None:
             same(value, decode)
+
+    return run
+
+
+def _pair(decode: Callable[[bytes], T], encode: Callable[[T], bytes]) -> Callable[[bytes], None]:
+    """A decoder and the encoder of what it gives."""
+
+    def run(data: bytes) -> None:
+        value = attempt(lambda: decode(data), FrameError)
+        assert value is None or decode(encode(value)) == value
 
     return run
 
@@ -186,31 +199,6 @@ def _fdmi_request(data: bytes) -> None:
         same(request, parse)
 
 
-def _fdmi_names(data: bytes) -> None:
-    names = attempt(lambda: fdmi.unpack_names(data), FrameError)
-    assert names is None or fdmi.unpack_names(fdmi.pack_names(names)) == names
-
-
-def _port_ids(data: bytes) -> None:
-    ports = attempt(lambda: ns.unpack_port_ids(data), FrameError)
-    assert ports is None or ns.unpack_port_ids(ns.pack_port_ids(ports)) == ports
-
-
-def _port_names(data: bytes) -> None:
-    ports = attempt(lambda: ns.unpack_port_names(data), FrameError)
-    assert ports is None or ns.unpack_port_names(ns.pack_port_names(ports)) == ports
-
-
-def _features(data: bytes) -> None:
-    features = attempt(lambda: ns.unpack_features(data), FrameError)
-    assert features is None or ns.unpack_features(ns.pack_features(features)) == features
-
-
-def _symbolic(data: bytes) -> None:
-    name = attempt(lambda: ns.unpack_symbolic_name(data), FrameError)
-    assert name is None or ns.unpack_symbolic_name(ns.pack_symbolic_name(name)) == name
-
-
 def _ct_seeds() -> Iterator[tuple[str, bytes]]:
     codes = ct.Ct
     requests: list[ns.Request] = [
@@ -256,13 +244,13 @@ CT = Cases(
     {
         "request": _ct_request,
         "unit": _codec(ct.CtIu.unpack),
-        "ids": _port_ids,
-        "names": _port_names,
-        "features": _features,
-        "symbolic": _symbolic,
+        "ids": _pair(ns.unpack_port_ids, ns.pack_port_ids),
+        "names": _pair(ns.unpack_port_names, ns.pack_port_names),
+        "features": _pair(ns.unpack_features, ns.pack_features),
+        "symbolic": _pair(ns.unpack_symbolic_name, ns.pack_symbolic_name),
         "entry": _codec(ns.PortEntry.unpack),
         "fdmi request": _fdmi_request,
-        "fdmi names": _fdmi_names,
+        "fdmi names": _pair(fdmi.unpack_names, fdmi.pack_names),
     },
     _ct_seeds,
 )
@@ -291,12 +279,6 @@ FCP = Cases(
 )
 
 # ---------------------------------------------------------------- FCoE and FIP
-
-
-def _pdu(data: bytes) -> None:
-    frame = attempt(lambda: fcoe.decapsulate(data), FrameError)
-    if frame is not None:
-        assert fcoe.decapsulate(fcoe.encapsulate(frame)) == frame
 
 
 def _pdu_of(data: bytes) -> None:
@@ -334,6 +316,11 @@ def _fcoe_seeds() -> Iterator[tuple[str, bytes]]:
 
 
 FCOE = Cases(
-    {"pdu": _pdu, "frame": _pdu_of, "ethernet": _codec(fcoe.Ethernet.unpack), "fip": _codec(fip.Fip.unpack)},
+    {
+        "pdu": _pair(fcoe.decapsulate, fcoe.encapsulate),
+        "frame": _pdu_of,
+        "ethernet": _codec(fcoe.Ethernet.unpack),
+        "fip": _codec(fip.Fip.unpack),
+    },
     _fcoe_seeds,
 )

@@ -7,20 +7,13 @@ from collections.abc import Awaitable, Callable, Iterable
 from vhostfc.daemon.fabric_effects import Effects
 from vhostfc.daemon.fabric_units import Served
 from vhostfc.fabric.array import Array
-from vhostfc.fabric.sessions import Exchange
+from vhostfc.fabric.sessions import FUNCTIONS, Exchange
 from vhostfc.fc.fcp import ResponseCode, TmFlag
 from vhostfc.fc.frame import Frame
 from vhostfc.scsi.server import DeviceServer
 from vhostfc.scsi.task import Nexus, ServiceResponse, TaskManagement
 from vhostfc.scsi.unit import LogicalUnit
 
-_FUNCTIONS = {
-    TmFlag.ABORT_TASK_SET: TaskManagement.ABORT_TASK_SET,
-    TmFlag.CLEAR_TASK_SET: TaskManagement.CLEAR_TASK_SET,
-    TmFlag.LOGICAL_UNIT_RESET: TaskManagement.LOGICAL_UNIT_RESET,
-    TmFlag.TARGET_RESET: TaskManagement.LOGICAL_UNIT_RESET,  # of every unit (FCP-4 9.2.2.6)
-    TmFlag.CLEAR_ACA: TaskManagement.CLEAR_ACA,
-}
 _RESPONSES = {
     ServiceResponse.FUNCTION_COMPLETE: ResponseCode.COMPLETE,
     ServiceResponse.FUNCTION_REJECTED: ResponseCode.REJECTED,
@@ -64,7 +57,7 @@ class TaskManager:
             for unit in self._array.seen(exchange.target, exchange.session.wwpn).values():
                 await self._function(unit, self._served(unit), TaskManagement.LOGICAL_UNIT_RESET, nexus)
             code = ResponseCode.COMPLETE
-        elif function := _FUNCTIONS.get(TmFlag(flag)):
+        elif function := FUNCTIONS.get(TmFlag(flag)):
             code = _RESPONSES[await self._function(server, served, function, nexus)]
         await self._send(exchange.target.respond(exchange, code))
 

@@ -11,14 +11,24 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from vhostfc.fabric.recovery import Ends
-from vhostfc.fc.fcp import FcpCmnd
+from vhostfc.fc.fcp import FcpCmnd, TmFlag
 from vhostfc.fc.frame import Frame
 from vhostfc.fc.sequence import DataBuffer
 from vhostfc.fc.wwn import Wwn
-from vhostfc.scsi.task import Nexus
+from vhostfc.scsi.task import Nexus, TaskManagement
 
 if TYPE_CHECKING:
     from vhostfc.fabric.target import TargetPort
+
+
+#: Task management functions, as a device server knows them.
+FUNCTIONS = {
+    TmFlag.ABORT_TASK_SET: TaskManagement.ABORT_TASK_SET,
+    TmFlag.CLEAR_TASK_SET: TaskManagement.CLEAR_TASK_SET,
+    TmFlag.LOGICAL_UNIT_RESET: TaskManagement.LOGICAL_UNIT_RESET,
+    TmFlag.TARGET_RESET: TaskManagement.LOGICAL_UNIT_RESET,  # of every unit (FCP-4 9.2.2.6)
+    TmFlag.CLEAR_ACA: TaskManagement.CLEAR_ACA,
+}
 
 
 class State(enum.Enum):
