@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
+import pytest
 import trio
 
 from tests.daemon.linkadapter import LinkAdapter, read_10, wwpn
 from tests.daemon.test_fabric_reservations import CONFLICT, EA, GOOD, REGISTER, RESERVE, SOMEBODY, WE, out
-from tests.daemon.test_fabricd import TARGET, config, fabric, join
+from tests.daemon.test_fabricd import TARGET, config, fabric, join, started
 from tests.scsi.test_extended_copy import cdb, cscd, parameters, segment
 from vhostfc.daemon.fabricd import Fabric
 from vhostfc.native import Latch
@@ -24,52 +27,56 @@ def naa(san: Fabric) -> bytes:
     return served.unit.identity.naa[0]
 
 
-async def copy(one: LinkAdapter, name: bytes, done: list[int]) -> None:
-    data = parameters([cscd(name)], [segment(0, 0, BLOCKS, 0, TO)])
-    done.append((await one.command(cdb(data), data_out=data)).status)
+@asynccontextmanager
+async def copying(disk: Path) -> AsyncIterator[tuple[LinkAdapter, Latch, list[int]]]:
+    """A copy of adapter 1's that has one piece left, whose source somebody holds in this latch; another adapter.
 
-
-async def test_a_copy_onto_itself_survives_that_rights_are_looked_at_again(tmp_path: Path) -> None:
-    """It goes on where it was: begun anew it would copy what it has copied already."""
-    disk = tmp_path / "disk"
-    before = b"".join(n.to_bytes(4, "big") * (SIZE // 4) for n in range(4 * 2048))
-    disk.write_bytes(before)
-    async with fabric(tmp_path, TARGET + UNIT.format(tmp_path)) as (san, nursery):
-        one, two = await join(nursery, tmp_path, 1), await join(nursery, tmp_path, 2)
-        for each in (one, two):
-            await each.command(bytes(6))
+    At the end the copy has ended, and its status is in the list.
+    """
+    before = disk.read_bytes()
+    async with fabric(disk.parent, TARGET + UNIT.format(disk.parent)) as (san, nursery):
+        one, two = await started(nursery, disk.parent, 1, 2)
         route = await two.open()
         done: list[int] = []
+
+        async def copy() -> None:
+            data = parameters([cscd(naa(san))], [segment(0, 0, BLOCKS, 0, TO)])
+            done.append((await one.command(cdb(data), data_out=data)).status)
+
         with Latch(two.fds[route.nexus][1]) as latch:
-            assert latch.take(SOMEBODY, 0, SIZE) is None  # the last piece waits for its source
-            nursery.start_soon(copy, one, naa(san), done)
+            assert latch.take(SOMEBODY, 0, SIZE) is None
+            nursery.start_soon(copy)
             with trio.fail_after(10):
                 while disk.read_bytes()[2 << 20 :] != before[1 << 20 : 3 << 20]:
                     await trio.sleep(0.01)
-            assert await out(two, REGISTER, 0, 2) == GOOD
-            latch.free(SOMEBODY, 0, SIZE)
+            yield two, latch, done
         await one.until(lambda: done)
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Path:
+    """With blocks that tell their numbers."""
+    path = tmp_path / "disk"
+    path.write_bytes(b"".join(n.to_bytes(4, "big") * (SIZE // 4) for n in range(4 * 2048)))
+    return path
+
+
+async def test_a_copy_onto_itself_survives_that_rights_are_looked_at_again(disk: Path) -> None:
+    """It goes on where it was: begun anew it would copy what it has copied already."""
+    before = disk.read_bytes()
+    async with copying(disk) as (two, latch, done):
+        assert await out(two, REGISTER, 0, 2) == GOOD
+        latch.free(SOMEBODY, 0, SIZE)
     assert done == [GOOD]
     assert disk.read_bytes() == before[: 1 << 20] + before[: 3 << 20]
 
 
-async def test_a_copy_ends_when_its_right_does(tmp_path: Path) -> None:
-    disk = tmp_path / "disk"
-    async with fabric(tmp_path, TARGET + UNIT.format(tmp_path)) as (san, nursery):
-        one, two = await join(nursery, tmp_path, 1), await join(nursery, tmp_path, 2)
-        for each in (one, two):
-            await each.command(bytes(6))
-        route = await two.open()
-        done: list[int] = []
-        with Latch(two.fds[route.nexus][1]) as latch:
-            assert latch.take(SOMEBODY, 0, SIZE) is None
-            nursery.start_soon(copy, one, naa(san), done)
-            await trio.sleep(0.2)
-            assert await out(two, REGISTER, 0, 2) == GOOD
-            assert await out(two, RESERVE, 2, kind=EA) == GOOD
-            before = disk.read_bytes()
-            latch.free(SOMEBODY, 0, SIZE)
-        await one.until(lambda: done)
+async def test_a_copy_ends_when_its_right_does(disk: Path) -> None:
+    async with copying(disk) as (two, latch, done):
+        assert await out(two, REGISTER, 0, 2) == GOOD
+        assert await out(two, RESERVE, 2, kind=EA) == GOOD
+        before = disk.read_bytes()
+        latch.free(SOMEBODY, 0, SIZE)
     assert done == [CONFLICT]
     assert disk.read_bytes() == before
 

@@ -12,7 +12,7 @@ import trio
 
 from tests.daemon.linkadapter import LinkAdapter, read_10, write_10
 from tests.daemon.test_fabric_reservations import may
-from tests.daemon.test_fabricd import TARGET, UNIT, config, fabric, join
+from tests.daemon.test_fabricd import TARGET, UNIT, config, fabric, started
 from vhostfc.daemon.fabric_journal import Journal
 from vhostfc.daemon.medium import Medium
 from vhostfc.errors import VhostfcError
@@ -31,13 +31,6 @@ A, B, C = b"a" * 512, b"b" * 512, b"c" * 512
 
 def file_unit(tmp_path: Path) -> str:
     return f'{TARGET}[[target.unit]]\nlun = 0\nfile = "{tmp_path}/disk"\nsize = "1MiB"\n'
-
-
-async def started(nursery: trio.Nursery, tmp_path: Path, *numbers: int) -> list[LinkAdapter]:
-    adapters = [await join(nursery, tmp_path, number) for number in numbers]
-    for one in adapters:
-        await one.command(bytes(6))
-    return adapters
 
 
 async def test_nothing_lands_behind_a_sanitize(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ import trio
 
 from tests.daemon.linkadapter import LinkAdapter, attach, read_10, write_10, wwpn
 from tests.daemon.test_fabric_reservations import EA, REGISTER, RELEASE, RESERVE, WE, may, out
-from tests.daemon.test_fabricd import TARGET, UNIT, config, fabric, join
+from tests.daemon.test_fabricd import TARGET, UNIT, config, fabric, join, started
 from vhostfc.config import FabricConfig
 from vhostfc.daemon import fabric_latch, fabric_locks
 from vhostfc.daemon.fabricd import Fabric
@@ -233,8 +233,7 @@ async def test_an_adapter_that_lost_its_link_and_lets_go_lives_on(tmp_path: Path
 async def test_a_killed_adapter_s_blocks_are_freed(tmp_path: Path) -> None:
     async with fabric(tmp_path) as (san, nursery), process(tmp_path) as adapter:
         assert await adapter.tell("latch", 5 * LATCH_STRIPE) is None
-        two = await join(nursery, tmp_path, 2)
-        await two.command(bytes(6))
+        (two,) = await started(nursery, tmp_path, 2)
         done = trio.Event()
 
         async def write() -> None:
@@ -253,8 +252,7 @@ async def test_a_killed_adapter_s_blocks_are_freed(tmp_path: Path) -> None:
 
 async def test_what_a_killed_adapter_was_writing_is_finished_before_anybody_reads_it(tmp_path: Path) -> None:
     async with fabric(tmp_path) as (san, nursery), process(tmp_path) as adapter:
-        two = await join(nursery, tmp_path, 2)
-        await two.command(bytes(6))
+        (two,) = await started(nursery, tmp_path, 2)
         owner, medium = _openings(san)[0].owner, _medium(san)
         assert await adapter.tell("latch", 0) is None
         # What native/latch.h leaves behind between half of a block and all of it.
@@ -313,9 +311,7 @@ async def test_a_medium_that_cannot_be_given_anew_is_taken_away_like_any_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with fabric(tmp_path) as (_, nursery):
-        one, two = await join(nursery, tmp_path, 1), await join(nursery, tmp_path, 2)
-        for adapter in (one, two):
-            await adapter.command(bytes(6))
+        one, two = await started(nursery, tmp_path, 1, 2)
         assert await out(one, REGISTER, 0, 1) == 0
         assert await out(one, RESERVE, 1, kind=WE) == 0
         await two.open()
@@ -351,8 +347,7 @@ async def test_a_medium_that_cannot_be_given_anew_is_taken_away_like_any_other(
 
 async def test_a_write_that_waited_while_its_right_was_taken_away_does_not_land(tmp_path: Path) -> None:
     async with fabric(tmp_path) as (san, nursery):
-        one = await join(nursery, tmp_path, 1)
-        await one.command(bytes(6))
+        (one,) = await started(nursery, tmp_path, 1)
         medium = _medium(san)
         assert medium.latch is not None
         medium.latch.take(77, 0, 512)
@@ -372,9 +367,7 @@ async def test_a_write_that_waited_while_its_right_was_taken_away_does_not_land(
 
 async def test_commands_of_others_end_with_task_aborted_and_the_blocks_are_free(tmp_path: Path) -> None:
     async with fabric(tmp_path) as (san, nursery):
-        one, two = await join(nursery, tmp_path, 1), await join(nursery, tmp_path, 2)
-        for adapter in (one, two):
-            await adapter.command(bytes(6))
+        one, two = await started(nursery, tmp_path, 1, 2)
         medium = _medium(san)
         assert medium.latch is not None
         medium.latch.take(77, 0, 512)
