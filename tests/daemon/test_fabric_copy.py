@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 import trio
+import trio.testing
 
 from tests.daemon.linkadapter import LinkAdapter, read_10, wwpn
 from tests.daemon.test_fabric_reservations import CONFLICT, EA, GOOD, REGISTER, RESERVE, SOMEBODY, WE, out
 from tests.daemon.test_fabricd import TARGET, config, fabric, join, started
 from tests.scsi.test_extended_copy import cdb, cscd, parameters, segment
+from tests.waiting import until
 from vhostfc.daemon.fabricd import Fabric
 from vhostfc.native import Latch
 
@@ -99,6 +101,11 @@ async def over(one: LinkAdapter, designators: list[bytes], done: list[tuple[int,
     done.append((answer.status, bytes([answer.sense[2], *answer.sense[12:14]]).hex() if answer.sense else ""))
 
 
+def writing(san: Fabric) -> bool:
+    """The copy is at its write, which waits for the block."""
+    return any(served._operations for served in san.placement.served.values())
+
+
 async def ready(adapter: LinkAdapter) -> LinkAdapter:
     for lun in (0, 1):
         await adapter.command(bytes(6), lun=lun)
@@ -139,9 +146,10 @@ async def test_a_copy_does_not_land_behind_a_preempt_at_the_other_unit(tmp_path:
         with Latch(two.fds[route.nexus][1]) as latch:
             assert latch.take(SOMEBODY, 7 * SIZE, SIZE) is None
             nursery.start_soon(over, one, names(san), done)
-            await trio.sleep(0.1)
+            await until(lambda: writing(san))
             nursery.start_soon(reserve)
-            await trio.sleep(0.1)
+            await until(lambda: len(san._runner._running) == 2)
+            await trio.testing.wait_all_tasks_blocked()
             assert len(reserved) < 2, "it waits for what is under way"
             latch.free(SOMEBODY, 7 * SIZE, SIZE)
         await two.until(lambda: len(reserved) == 2)
@@ -169,14 +177,13 @@ async def test_a_unit_is_taken_away_while_it_is_copied_to(tmp_path: Path) -> Non
         with Latch(two.fds[route.nexus][1]) as latch:
             assert latch.take(SOMEBODY, 7 * SIZE, SIZE) is None
             nursery.start_soon(over, one, names(san), done)
-            await trio.sleep(0.1)
+            await until(lambda: writing(san))
             nursery.start_soon(take_away)
-            await trio.sleep(0.1)
+            await until(lambda: len(san.config.targets[0].units) == 1)
+            await trio.testing.wait_all_tasks_blocked()
             assert not reloaded
             latch.free(SOMEBODY, 7 * SIZE, SIZE)
         await one.until(lambda: done)
-        with trio.fail_after(10):
-            while not reloaded:
-                await trio.sleep(0.01)
+        await until(lambda: reloaded)
     assert done == [(2, "0a0d02")]
     assert not any((tmp_path / "1").read_bytes())

@@ -12,7 +12,8 @@ import pytest
 import trio
 
 from tests.daemon.linkadapter import attach, read_10, write_10, wwpn
-from tests.daemon.test_fabricd import TARGET, UNIT, config, fabric, join, started, unit, until
+from tests.daemon.test_fabricd import TARGET, UNIT, config, fabric, join, started, unit
+from tests.waiting import until
 from vhostfc.daemon.control import call
 from vhostfc.daemon.fabricd import Fabric
 from vhostfc.daemon.fdsocket import LinkSocket, connect

@@ -13,6 +13,7 @@ import trio
 from tests.daemon.linkadapter import LinkAdapter, read_10, write_10
 from tests.daemon.test_fabric_reservations import may
 from tests.daemon.test_fabricd import TARGET, UNIT, config, fabric, started
+from tests.waiting import until
 from vhostfc.daemon.fabric_journal import Journal
 from vhostfc.daemon.medium import Medium
 from vhostfc.errors import VhostfcError
@@ -276,9 +277,7 @@ async def test_a_record_that_stays_until_the_end_is_undone(tmp_path: Path, monke
             (served,) = san.placement.served.values()
             assert not served.ready, "it cannot be told whether the record is of now or of then"
             patch.undo()
-            with trio.fail_after(10):
-                while not served.ready:
-                    await trio.sleep(0.01)
+            await until(lambda: served.ready)
     async with fabric(tmp_path, text) as (_, nursery):
         (one,) = await started(nursery, tmp_path, 1)
         assert (await one.command(read_10(3, 1), data_in=512)).data_in == A
@@ -309,7 +308,7 @@ async def test_of_two_each_has_its_record_while_it_writes(tmp_path: Path, monkey
         records: list[tuple[int, object]] = []
 
         async def slowly(self: Medium, lba: int, data: bytes, *, fua: bool = False) -> None:
-            await trio.sleep(0.1)  # the other one has begun meanwhile
+            await until(lambda: len(san._runner._running) == 2 or records)  # the other one has begun meanwhile
             record = served.journal.load()
             records.append((lba, record and record[0]))
             await whole(self, lba, data, fua=fua)

@@ -7,7 +7,7 @@ import os
 import signal
 import socket
 import struct
-from collections.abc import AsyncIterator, Callable, Sized
+from collections.abc import AsyncIterator, Sized
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
@@ -17,6 +17,7 @@ import structlog
 import trio
 
 from tests.daemon.linkadapter import LinkAdapter, attach, read_10, write_10, wwpn
+from tests.waiting import until
 from vhostfc.config import FabricConfig, load_fabric
 from vhostfc.daemon.control import call
 from vhostfc.daemon.fabricd import Fabric, run_fabric
@@ -477,9 +478,3 @@ async def test_what_adapters_left_behind_while_there_was_no_fabric_is_dealt_with
         (one,) = await started(nursery, tmp_path, 1)
         assert (await one.command(read_10(3, 2), data_in=1024)).data_in == b"N" * 512 + bytes(512)
     manager.close()
-
-
-async def until(condition: Callable[[], object]) -> None:
-    with trio.fail_after(10):
-        while not condition():
-            await trio.sleep(0.005)

@@ -24,6 +24,7 @@ import trio
 from tests.daemon.linkadapter import LinkAdapter, attach, read_10, write_10, wwpn
 from tests.daemon.test_fabric_reservations import EA, REGISTER, RELEASE, RESERVE, WE, may, out
 from tests.daemon.test_fabricd import TARGET, UNIT, config, fabric, join, started
+from tests.waiting import until
 from vhostfc.config import FabricConfig
 from vhostfc.daemon import fabric_latch, fabric_locks
 from vhostfc.daemon.fabricd import Fabric
@@ -185,7 +186,7 @@ async def test_closing_a_path_is_enough(tmp_path: Path) -> None:
         route = await one.open()
         one.drop_media()
         await one.send(link.Close(route.nexus))
-        await _until(lambda: not san.status()["targets"][0]["units"][0]["open"])
+        await until(lambda: not san.status()["targets"][0]["units"][0]["open"])
 
 
 # ---------------------------------------------------------------- adapters that do not
@@ -215,7 +216,7 @@ async def test_an_acknowledgement_that_is_not_true_is_not_taken_for_one(tmp_path
 async def test_a_link_that_is_closed_is_not_a_medium_that_is_closed(tmp_path: Path) -> None:
     async with fabric(tmp_path) as (san, _), process(tmp_path) as adapter:
         await adapter.tell("hang up")
-        await _until(lambda: not san.status()["logins"])
+        await until(lambda: not san.status()["logins"])
         (opening,) = san.status()["targets"][0]["units"][0]["open"]
         assert opening["state"] == "link lost"
         await _reload_in_time(san, tmp_path, adapter)
@@ -226,7 +227,7 @@ async def test_an_adapter_that_lost_its_link_and_lets_go_lives_on(tmp_path: Path
     async with fabric(tmp_path) as (san, _), process(tmp_path) as adapter:
         await adapter.tell("hang up")
         await adapter.tell("drop")
-        await _until(lambda: not san.status()["targets"][0]["units"][0]["open"])
+        await until(lambda: not san.status()["targets"][0]["units"][0]["open"])
         assert adapter.process.poll() is None
 
 
@@ -273,7 +274,7 @@ async def test_an_owner_that_is_stuck_is_asked_and_then_killed(tmp_path: Path) -
         with trio.fail_after(10):
             while not await adapter.tell("pings"):
                 await trio.sleep(0.01)
-        await _until(lambda: not _openings(san)[0].asked)  # it has answered, and is alive
+        await until(lambda: not _openings(san)[0].asked)  # it has answered, and is alive
         adapter.stop()
         await two.send(link.LatchStuck(route.nexus, owner))
         assert await adapter.died() == -signal.SIGKILL
@@ -300,7 +301,7 @@ async def test_an_adapter_whose_disk_is_slow_lives_on(tmp_path: Path, who: str) 
 async def test_a_name_that_returns_waits_until_its_former_life_is_over(tmp_path: Path) -> None:
     async with fabric(tmp_path) as (san, nursery), process(tmp_path) as adapter:
         await adapter.tell("hang up")
-        await _until(lambda: not san.status()["logins"])
+        await until(lambda: not san.status()["logins"])
         again = await attach(nursery, tmp_path / "f.sock", 1)
         assert not san.status()["logins"]
         await again.ready()
@@ -357,10 +358,10 @@ async def test_a_write_that_waited_while_its_right_was_taken_away_does_not_land(
             results.append(await one.command(write_10(0, 1), data_out=b"\xff" * 512))
 
         nursery.start_soon(write)
-        await _until(lambda: _waiting(san) == 1)
+        await until(lambda: _waiting(san) == 1)
         await san.reload(masked(tmp_path))
         medium.latch.recover(77)
-        await _until(lambda: results)
+        await until(lambda: results)
         assert results[0].sense[12:14] == b"\x25\x00"
         assert os.pread(medium.fd, 512, 0) == bytes(512)
 
@@ -378,9 +379,9 @@ async def test_commands_of_others_end_with_task_aborted_and_the_blocks_are_free(
 
         nursery.start_soon(write, one)
         nursery.start_soon(write, two)
-        await _until(lambda: _waiting(san) == 2)
+        await until(lambda: _waiting(san) == 2)
         assert await two.manage(TmFlag.CLEAR_TASK_SET) == 0
-        await _until(lambda: len(results) == 2)
+        await until(lambda: len(results) == 2)
         assert results["vm1"].status == 0x40
         assert results["vm2"].end is End.ABORTED
         assert medium.latch.recover(fabric_latch.OWNER) == 0
@@ -407,7 +408,7 @@ async def test_a_restarted_fabric_waits_for_holders_of_the_former_one(tmp_path: 
             assert (await one.command(report, data_in=256)).data_in[8:] == bytes([0, 1, *bytes(6)])
             os.close(holder)
             holder = -1
-            await _until(lambda: san.status()["targets"][0]["units"][0]["ready"])
+            await until(lambda: san.status()["targets"][0]["units"][0]["ready"])
             assert len((await one.command(report, data_in=256)).data_in) == 24
     finally:
         if holder >= 0:
@@ -477,12 +478,6 @@ def _openings(san: Fabric) -> list[Any]:
 def _waiting(san: Fabric) -> int:
     """Commands that have got as far as the medium, and wait for its latch."""
     return sum(bool(running.mask) for running in san._runner._running.values())
-
-
-async def _until(condition: Any) -> None:
-    with trio.fail_after(10):
-        while not condition():
-            await trio.sleep(0.01)
 
 
 async def _reload_in_time(san: Fabric, tmp_path: Path, adapter: Process) -> None:

@@ -13,6 +13,7 @@ import trio
 import trio.testing
 from structlog.testing import capture_logs
 
+from tests import waiting
 from tests.fakes.array import FakeTarget, FakeUnit
 from tests.fakes.kernel import FakeKernel
 from tests.fc.tiny import Done
@@ -145,8 +146,7 @@ async def test_a_command_in_flight_at_the_loss_may_be_sent_anew(lab: Lab, port: 
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(send)
-        while not any(node.held for node in lab.kernel.nodes.values()):
-            await trio.sleep(0.01)
+        await waiting.until(lambda: any(node.held for node in lab.kernel.nodes.values()))
         lab.kernel.lose(lab.vhost, lab.array)  # type: ignore[arg-type]
     assert results == [ScsiResult(Outcome.PATH_LOST)]
 
@@ -198,9 +198,7 @@ async def test_a_command_that_opens_its_unit_when_the_port_logs_out(lab: Lab, nu
         nursery.start_soon(send)
         await opening.wait()
     gate.set()
-    with trio.fail_after(5):
-        while not results:
-            await trio.sleep(0.01)
+    await waiting.until(lambda: results)
     assert results == [ScsiResult(Outcome.PATH_LOST)]
     for fd in opened:
         with pytest.raises(OSError, match="Bad file descriptor"):
@@ -214,8 +212,7 @@ async def held(lab: Lab, port: NpivPort, nursery: trio.Nursery, cdb: bytes = TUR
     """A command of ours that the kernel has."""
     lab.array.units[0].hold = True
     nursery.start_soon(lambda: port.execute(UNIT, cdb, data_out=data, tag=5))
-    while not any(node.held for node in lab.kernel.nodes.values()):
-        await trio.sleep(0.01)
+    await waiting.until(lambda: any(node.held for node in lab.kernel.nodes.values()))
 
 
 async def test_an_abort_that_cannot_be_is_rejected(lab: Lab, port: NpivPort, nursery: trio.Nursery) -> None:
@@ -268,9 +265,7 @@ async def _true() -> bool:
 
 async def test_a_command_of_the_survey_is_no_task_of_the_guests(lab: Lab, port: NpivPort) -> None:
     lab.array.units[0].hold = True
-    with trio.fail_after(5):
-        while not any(node.held for node in lab.kernel.nodes.values()):
-            await trio.sleep(0.01)
+    await waiting.until(lambda: any(node.held for node in lab.kernel.nodes.values()))
     assert await port.manage(UNIT, TaskManagement.QUERY_TASK_SET) is TaskManagementResponse.FUNCTION_COMPLETE
 
 
@@ -308,8 +303,7 @@ async def test_a_reset_ends_what_is_in_flight_first(lab: Lab, port: NpivPort) ->
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(send)
-        while not any(node.held for node in lab.kernel.nodes.values()):
-            await trio.sleep(0.01)
+        await waiting.until(lambda: any(node.held for node in lab.kernel.nodes.values()))
         answer = await port.manage(UNIT, TaskManagement.LOGICAL_UNIT_RESET)
         assert answer is TaskManagementResponse.FUNCTION_COMPLETE
         assert results == [ScsiResult(Outcome.ABORTED)]
@@ -483,8 +477,7 @@ async def test_a_write_that_was_given_up_keeps_the_next_busy(lab: Lab, port: Npi
             await port.execute(UNIT, WRITE, data_out=b"O" * 512)
 
     nursery.start_soon(send)
-    while not any(node.held for node in lab.kernel.nodes.values()):
-        await trio.sleep(0.01)
+    await waiting.until(lambda: any(node.held for node in lab.kernel.nodes.values()))
     given_up.cancel()
     await trio.testing.wait_all_tasks_blocked(0.05)
     assert port._paths.is_stale(UNIT)
@@ -553,15 +546,17 @@ async def test_a_unit_that_says_it_is_not_there_is_gone(lab: Lab, port: NpivPort
 
 
 async def test_a_unit_that_a_list_forgets_but_that_answers_stays(lab: Lab, port: NpivPort) -> None:
-    whole = lab.array.run
+    whole, asked = lab.array.run, 0
 
     def forgetful(initiator: Wwn, number: int, cdb: bytes, data: bytes) -> Done:
+        nonlocal asked
         if cdb[0] == 0xA0:
+            asked += 1
             return Done(data=(8).to_bytes(4, "big") + bytes(4) + lun(0))
         return whole(initiator, number, cdb, data)
 
     lab.array.run = forgetful  # type: ignore[method-assign]
-    await trio.sleep(1)
+    await waiting.until(lambda: asked == 3)
     assert len(list(port.units_of(ARRAY))) == 2
 
 
@@ -690,8 +685,7 @@ async def test_one_that_is_stopped_while_it_logs_in_leaves_nothing(lab: Lab, wha
     with trio.CancelScope() as scope:
 
         async def stop() -> None:
-            while not any(host.parent for host in lab.kernel.hosts.values()):
-                await trio.sleep(0.01)
+            await waiting.until(lambda: any(host.parent for host in lab.kernel.hosts.values()))
             if what == "link down":
                 await lab.kernel.link_down()
             scope.cancel()
