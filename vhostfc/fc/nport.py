@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable
+from functools import partial
 
 from vhostfc.fc import bls, ct, els, ns
 from vhostfc.fc.discovery import EVERYTHING, Discovery, TopologyChanged
@@ -352,7 +353,7 @@ class NPort:
         after: Callable[[float], object] | None = None
         match request:
             case els.Rscn(pages):
-                after = lambda then: self._discovery.request(pages, then)  # noqa: E731
+                after = partial(self._discovery.request, pages)
             case els.Logo():
                 after = self._left(frame.s_id, remote)
             case els.Prli() if command == els.Els.PRLO:
