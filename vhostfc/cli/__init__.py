@@ -16,8 +16,8 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from vhostfc import __version__
-from vhostfc.cli.common import FAILED, USAGE, Command, plain_errors
-from vhostfc.errors import ConfigError, VhostfcError
+from vhostfc.cli.common import FAILED, USAGE, Command
+from vhostfc.errors import ConfigError, VhostfcError, plain
 
 #: The rooms and their commands, in the order of --help.
 _ROOMS = {
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(ending.code or 0)
     command: Command = options.run
     try:
-        with plain_errors():
+        with plain():
             status = command(options)
             sys.stdout.flush()
     except ConfigError as error:

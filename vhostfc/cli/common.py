@@ -6,12 +6,11 @@ An async command runs until it ends or a signal cancels it; a daemon besides say
 from __future__ import annotations
 
 import argparse
-import contextlib
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from vhostfc.errors import ConfigError, VhostfcError
+from vhostfc.errors import ConfigError, VhostfcError, plain
 
 if TYPE_CHECKING:
     from structlog.typing import FilteringBoundLogger
@@ -75,21 +74,6 @@ def capture_size(options: argparse.Namespace) -> int | None:
 # ---------------------------------------------------------------- running
 
 
-@contextlib.contextmanager
-def plain_errors() -> Iterator[None]:
-    """Tasks raise groups; when all in one is for the administrator, raise just the first of them."""
-    try:
-        yield
-    except BaseExceptionGroup as group:
-        ours, rest = group.split(VhostfcError)
-        if ours is None or rest is not None:
-            raise
-        error: BaseException = ours
-        while isinstance(error, BaseExceptionGroup):
-            error = error.exceptions[0]
-        raise error from None
-
-
 def run(function: Callable[[], Awaitable[T]], stopping: Callable[[], object] = lambda: None) -> T | None:
     """Run an async function.  SIGTERM and SIGINT cancel it (None is returned); a second one ends us at once."""
     import signal
@@ -120,7 +104,7 @@ def run_daemon(function: Callable[[], Awaitable[None]], logger: FilteringBoundLo
     from vhostfc.daemon.notify import Notifier
 
     try:
-        with plain_errors():
+        with plain():
             run(function, stopping=Notifier.from_environment().stopping)
     except VhostfcError as error:
         logger.error(str(error))
