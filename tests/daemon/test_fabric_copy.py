@@ -29,6 +29,11 @@ def naa(san: Fabric) -> bytes:
     return served.unit.identity.naa[0]
 
 
+async def copy(one: LinkAdapter, name: bytes, done: list[int]) -> None:
+    data = parameters([cscd(name)], [segment(0, 0, BLOCKS, 0, TO)])
+    done.append((await one.command(cdb(data), data_out=data)).status)
+
+
 @asynccontextmanager
 async def copying(disk: Path) -> AsyncIterator[tuple[LinkAdapter, Latch, list[int]]]:
     """A copy of adapter 1's that has one piece left, whose source somebody holds in this latch; another adapter.
@@ -41,13 +46,9 @@ async def copying(disk: Path) -> AsyncIterator[tuple[LinkAdapter, Latch, list[in
         route = await two.open()
         done: list[int] = []
 
-        async def copy() -> None:
-            data = parameters([cscd(naa(san))], [segment(0, 0, BLOCKS, 0, TO)])
-            done.append((await one.command(cdb(data), data_out=data)).status)
-
         with Latch(two.fds[route.nexus][1]) as latch:
             assert latch.take(SOMEBODY, 0, SIZE) is None
-            nursery.start_soon(copy)
+            nursery.start_soon(copy, one, naa(san), done)
             with trio.fail_after(10):
                 while disk.read_bytes()[2 << 20 :] != before[1 << 20 : 3 << 20]:
                     await trio.sleep(0.01)
