@@ -3,8 +3,8 @@
  *
  * The worker gives them bounces and takes them back; in between a bounce is theirs, but for ->cmd, which is the worker's
  * alone.  There are as many threads as it takes, up to a limit, so one that waits for a slow file does not keep another
- * file's I/O waiting.  Through the page cache a path has one write to its file at a time (the kernel lets no more in): the
- * others stand in the path's own queue, and a thread goes through them without going to sleep.
+ * file's I/O waiting.  Through the page cache a path has one write to its file at a time, since the kernel lets no more
+ * in: the others stand in the path's own queue, and a thread goes through them without going to sleep.
  */
 #ifndef VFC_CREW_H
 #define VFC_CREW_H

@@ -52,11 +52,11 @@ ALLOWED = {
             "frontend",
         ),
     },
-    "cli_fabric": {"errors", "config", "tomlfile", "values", "outline", "daemon"},
     "cli": {
         "errors",
-        "cli_fabric",
         "config",
+        "tomlfile",
+        "values",
         "lean",
         "log",
         "outline",
@@ -155,7 +155,7 @@ def test_nobody_pure_looks_at_a_clock() -> None:
 def test_only_the_daemons_and_the_drivers_side_run_tasks() -> None:
     for path in modules():
         if any(name.partition(".")[0] == "trio" for name, _ in imports(path)):
-            assert room(path) in ("daemon", "ports", "frontend", "cli", "cli_fabric", "native"), path
+            assert room(path) in ("daemon", "ports", "frontend", "cli", "native"), path
 
 
 def test_the_door_to_c_is_one() -> None:

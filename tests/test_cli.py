@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -19,6 +20,8 @@ import structlog
 import trio
 
 from vhostfc import __version__, cli
+from vhostfc.cli import names
+from vhostfc.cli.common import control_path
 from vhostfc.config import AdapterConfig, PortConfig
 from vhostfc.daemon import hba
 from vhostfc.daemon.control import Json, serve_control
@@ -66,9 +69,10 @@ def refused(capsys: pytest.CaptureFixture[str], status: int, *words: str | Path)
 
 def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["--help"]) == 0
-    shown = capsys.readouterr().out
-    for command in ("demo", "serve", "fabric", "check", "probe", "bench", "status", "rescan", "reload", "wwn"):
-        assert f"\n    {command} " in shown
+    shown = re.findall(r"^    (\w+) ", capsys.readouterr().out, re.MULTILINE)
+    assert {"demo", "serve", "fabric", "check", "probe", "bench", "status", "rescan", "reload", "wwn"} <= set(shown)
+    assert shown == [name for names in cli._ROOMS.values() for name in names]
+    for command in shown:
         assert cli.main([command, "--help"]) == 0
         assert capsys.readouterr().out.startswith(f"usage: vhostfc {command}")
 
@@ -238,13 +242,13 @@ def python(program: str, **options: Any) -> subprocess.Popen[str]:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_a_daemon_cleanly_and_tells_systemd(tmp_path: Path, number: int) -> None:
     program = (
-        "import sys, trio; from vhostfc import cli, log\n"
+        "import sys, trio; from vhostfc import log; from vhostfc.cli import common\n"
         "async def daemon():\n"
         "    try:\n"
         "        print('up', flush=True); await trio.sleep_forever()\n"
         "    finally:\n"
         "        print('clean', flush=True)\n"
-        "sys.exit(cli._daemon(daemon, log.configure()))"
+        "sys.exit(common.run_daemon(daemon, log.configure()))"
     )
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
         manager.bind(str(tmp_path / "notify"))
@@ -260,14 +264,14 @@ def test_a_signal_ends_a_daemon_cleanly_and_tells_systemd(tmp_path: Path, number
 
 def test_a_second_signal_ends_what_does_not_end() -> None:
     program = (
-        "import trio; from vhostfc import cli\n"
+        "import trio; from vhostfc.cli import common\n"
         "async def stubborn():\n"
         "    try:\n"
         "        print('up', flush=True); await trio.sleep_forever()\n"
         "    finally:\n"
         "        with trio.CancelScope(shield=True):\n"
         "            print('stuck', flush=True); await trio.sleep_forever()\n"
-        "cli._run(stubborn)"
+        "common.run(stubborn)"
     )
     with python(program) as process:
         assert process.stdout
@@ -413,11 +417,11 @@ def test_a_daemon_has_a_name(tmp_path: Path) -> None:
     adapter.parent.mkdir()
     for path in (adapter, fabric):
         path.touch()
-    assert cli.control_path("vm1", tmp_path) == adapter
-    assert cli.control_path("fabric", tmp_path) == fabric
-    assert cli.control_path(str(fabric), Path("/none")) == fabric
+    assert control_path("vm1", tmp_path) == adapter
+    assert control_path("fabric", tmp_path) == fabric
+    assert control_path(str(fabric), Path("/none")) == fabric
     with pytest.raises(VhostfcError) as caught:
-        cli.control_path("vm2", tmp_path)
+        control_path("vm2", tmp_path)
     assert str(caught.value) == (
         f"vm2: no such daemon is running; tried vm2, {tmp_path}/vm2/vhost.control, {tmp_path}/vm2.control"
     )
@@ -504,5 +508,5 @@ def test_errors_have_statuses(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
         (VhostfcError("no"), 1, "vhostfc: no\n"),
         (KeyboardInterrupt(), 1, ""),
     ):
-        monkeypatch.setattr(cli, "_wwn_new", fail(error))
+        monkeypatch.setattr(names, "_wwn_new", fail(error))
         assert refused(capsys, status_, "wwn", "new") == said

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from vhostfc.cli import _duration, main
+from vhostfc.cli import main
+from vhostfc.cli.host import _duration
 
 ADAPTER = '[[port]]\nwwpn = "50:01:43:80:12:34:56:78"\nwwnn = "50:01:43:80:12:34:56:79"\n[fabric]\nparent = "host77"\n'
 

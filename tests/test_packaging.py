@@ -55,7 +55,7 @@ def test_its_name_says_what_runs_it(wheel: Path) -> None:
 def test_it_holds_the_program_and_nothing_of_the_workshop(archive: zipfile.ZipFile) -> None:
     names = archive.namelist()
     assert "vhostfc/_native.abi3.so" in names
-    assert "vhostfc/cli.py" in names
+    assert "vhostfc/cli/__init__.py" in names
     sources = {path.relative_to(TREE).as_posix() for path in (TREE / "vhostfc").rglob("*.py")}
     assert sources <= set(names)
     assert f"vhostfc-{__version__}.data/data/share/qemu/vhost-user/50-vhostfc.json" in names

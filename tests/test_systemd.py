@@ -103,7 +103,7 @@ def test_adapter_and_socket_agree_with_the_defaults() -> None:
 
 
 def test_the_helper_listens_where_adapters_ask_and_only_root_writes() -> None:
-    from vhostfc.cli import HELPER
+    from vhostfc.cli.host import HELPER
     from vhostfc.config import HbaConfig
 
     assert unit("vhostfc-helper.socket")["Socket"]["ListenStream"] == str(HELPER) == str(HbaConfig().helper)

@@ -197,7 +197,10 @@ def _hba(fabric: Table) -> HbaConfig | None:
         fabric.get("emulated", lambda value: value, None)
     hosts, wwpns = list(fabric.each_or_one("parent", _host)), list(fabric.each_or_one("parent_wwpn", wwn))
     for member in _parents_named(fabric) if fabric.has("parents") else ():
-        (wwpns if isinstance(member, Wwn) else hosts).append(member)  # type: ignore[arg-type]
+        if isinstance(member, Wwn):
+            wwpns.append(member)
+        else:
+            hosts.append(member)
     config = HbaConfig(
         hosts=tuple(hosts),
         wwpns=tuple(wwpns),

@@ -11,7 +11,7 @@ import enum
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from vhostfc.fabric.faults import AT_ONCE, OF_FRAMES, OF_UNITS, Direction, Fault, Latency, What
 from vhostfc.fc.ct import Ct
@@ -20,7 +20,9 @@ from vhostfc.fc.frame import Address, FcType
 from vhostfc.fc.wwn import Wwn, WwnError
 from vhostfc.scsi.cdb import COMMANDS
 from vhostfc.tomlfile import Document, Table, spelled
-from vhostfc.values import ACCESS, LUN_MAX, boolean, choice, integer, seconds, text, wwn
+from vhostfc.values import ACCESS, LUN_MAX, boolean, choice, integer, real, seconds, text, wwn
+
+T = TypeVar("T")
 
 #: Seconds: a day is the longest that anything here waits or lasts.
 _DAY = 86400.0
@@ -193,10 +195,10 @@ def _plain(name: str) -> str:
     return re.sub(r"[\s_-]+", " ", name).strip().lower()
 
 
-def _of(allowed: Mapping[str, Any]) -> Callable[[object], Any]:
+def _of(allowed: Mapping[str, T]) -> Callable[[object], T]:
     names = {_plain(name): value for name, value in allowed.items()}
 
-    def convert(value: object) -> Any:
+    def convert(value: object) -> T:
         if not isinstance(value, str) or _plain(value) not in names:
             raise ValueError(f"is {spelled(value)}; expected {' or '.join(repr(name) for name in allowed)}")
         return names[_plain(value)]
@@ -243,10 +245,10 @@ def _address(value: object) -> int:
 
 
 def _rate(value: object) -> float:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not 0 < value <= 1:  # type: ignore[operator]
+    share = real(value)
+    if share is None or not 0 < share <= 1:
         raise ValueError(f"is {spelled(value)}; expected a share of what could be hit, more than 0 and at most 1")
-    return float(value)  # type: ignore[arg-type]
+    return share
 
 
 def _moment(value: object) -> float:

@@ -6,7 +6,6 @@ They raise ValueError with a sentence that goes behind the key's name.
 from __future__ import annotations
 
 import hashlib
-import math
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -96,12 +95,17 @@ def integer(low: int, high: int) -> Callable[[object], int]:
     return convert
 
 
+def real(value: object) -> float | None:
+    """A number, whole or not; None where it is none."""
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
 def seconds(low: float, high: float) -> Callable[[object], float]:
     def convert(value: object) -> float:
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not number or not math.isfinite(value) or not low <= value <= high:  # type: ignore[arg-type, operator]
+        found = real(value)
+        if found is None or not low <= found <= high:  # NaN is neither
             raise ValueError(f"is {spelled(value)}; expected a number of seconds from {low:g} to {high:g}")
-        return float(value)  # type: ignore[arg-type]
+        return found
 
     return convert
 

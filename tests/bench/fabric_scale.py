@@ -31,7 +31,7 @@ from vhostfc.config import FabricConfig, load_fabric
 from vhostfc.daemon.fabricd import Fabric
 from vhostfc.fabric.link import Note
 from vhostfc.fabric.switch import NPort
-from vhostfc.fc import ct, els
+from vhostfc.fc import ct, els, ns
 from vhostfc.fc.els import Els
 from vhostfc.fc.fcp import FcpCmnd, cmnd_frame
 from vhostfc.fc.frame import Address, FcType, Frame, RCtl, els_reply, els_request
@@ -131,11 +131,11 @@ class Host:
         port_id = self.ids[wwpn] = self.els(0, Address.F_PORT, login.pack()).d_id
         self.els(port_id, Address.DIRECTORY_SERVER, Login.plogi(wwpn, wwpn).pack())
         for request in (
-            ct.RnnId(port_id, wwpn),
-            ct.RsnnNn(wwpn, b"bench"),
-            ct.RspnId(port_id, b"bench"),
-            ct.RftId(port_id, frozenset({FcType.FCP})),
-            ct.RffId(port_id, ct.Fc4Feature.INITIATOR),
+            ns.RnnId(port_id, wwpn),
+            ns.RsnnNn(wwpn, b"bench"),
+            ns.RspnId(port_id, b"bench"),
+            ns.RftId(port_id, frozenset({FcType.FCP})),
+            ns.RffId(port_id, ns.Fc4Feature.INITIATOR),
         ):
             assert self.ct(port_id, request.pack()).accepted
         self.els(port_id, Address.FABRIC_CONTROLLER, els.Scr().pack())
@@ -143,7 +143,7 @@ class Host:
     async def discover(self, wwpn: Wwn) -> int:
         """Returns the number of units that were found."""
         port_id = self.ids[wwpn]
-        listed = ct.unpack_port_names(self.ct(port_id, ct.ByFc4Type(ct.Ct.GPN_FT).pack()).body)
+        listed = ns.unpack_port_names(self.ct(port_id, ns.ByFc4Type(ct.Ct.GPN_FT).pack()).body)
         found = self.targets[port_id] = [other for other, name in listed if name >> 32 == target(0) >> 32]
         image = els.PrliPage(FcType.FCP, els.PrliPage.ESTABLISH, els.FcpService.INITIATOR)
         units = 0

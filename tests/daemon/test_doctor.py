@@ -12,6 +12,7 @@ import trio
 from tests.fakes.array import FakeTarget, FakeUnit
 from tests.fakes.kernel import FakeKernel
 from tests.ports.contract import ME
+from tests.waiting import until
 from vhostfc.daemon import setup
 from vhostfc.daemon.doctor import Facts, Finding, Verdict, as_json, as_text, examine, healthy
 from vhostfc.fc.wwn import Wwn
@@ -32,8 +33,7 @@ async def kernel(tmp_path: Path, nursery: trio.Nursery) -> FakeKernel:
     (tmp_path / "etc/vhostfc/vm1.toml").write_text(f'[[port]]\nwwpn = "{ME.wwpn}"\n')
     setup.set_up(tmp_path, lambda command: True)
     fake.make_vport(fake.hosts["host0"], ME.wwpn, ME.wwnn, "vhostfc vm1")
-    while not fake.nodes:
-        await trio.sleep(0.01)
+    await until(lambda: fake.nodes)
     return fake
 
 

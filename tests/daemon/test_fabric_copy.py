@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
+import pytest
 import trio
+import trio.testing
 
 from tests.daemon.linkadapter import LinkAdapter, read_10, wwpn
 from tests.daemon.test_fabric_reservations import CONFLICT, EA, GOOD, REGISTER, RESERVE, SOMEBODY, WE, out
-from tests.daemon.test_fabricd import TARGET, config, fabric, join
+from tests.daemon.test_fabricd import TARGET, config, fabric, join, started
 from tests.scsi.test_extended_copy import cdb, cscd, parameters, segment
+from tests.waiting import until
 from vhostfc.daemon.fabricd import Fabric
 from vhostfc.native import Latch
 
@@ -29,47 +34,52 @@ async def copy(one: LinkAdapter, name: bytes, done: list[int]) -> None:
     done.append((await one.command(cdb(data), data_out=data)).status)
 
 
-async def test_a_copy_onto_itself_survives_that_rights_are_looked_at_again(tmp_path: Path) -> None:
-    """It goes on where it was: begun anew it would copy what it has copied already."""
-    disk = tmp_path / "disk"
-    before = b"".join(n.to_bytes(4, "big") * (SIZE // 4) for n in range(4 * 2048))
-    disk.write_bytes(before)
-    async with fabric(tmp_path, TARGET + UNIT.format(tmp_path)) as (san, nursery):
-        one, two = await join(nursery, tmp_path, 1), await join(nursery, tmp_path, 2)
-        for each in (one, two):
-            await each.command(bytes(6))
+@asynccontextmanager
+async def copying(disk: Path) -> AsyncIterator[tuple[LinkAdapter, Latch, list[int]]]:
+    """A copy of adapter 1's that has one piece left, whose source somebody holds in this latch; another adapter.
+
+    At the end the copy has ended, and its status is in the list.
+    """
+    before = disk.read_bytes()
+    async with fabric(disk.parent, TARGET + UNIT.format(disk.parent)) as (san, nursery):
+        one, two = await started(nursery, disk.parent, 1, 2)
         route = await two.open()
         done: list[int] = []
+
         with Latch(two.fds[route.nexus][1]) as latch:
-            assert latch.take(SOMEBODY, 0, SIZE) is None  # the last piece waits for its source
+            assert latch.take(SOMEBODY, 0, SIZE) is None
             nursery.start_soon(copy, one, naa(san), done)
             with trio.fail_after(10):
                 while disk.read_bytes()[2 << 20 :] != before[1 << 20 : 3 << 20]:
                     await trio.sleep(0.01)
-            assert await out(two, REGISTER, 0, 2) == GOOD
-            latch.free(SOMEBODY, 0, SIZE)
+            yield two, latch, done
         await one.until(lambda: done)
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Path:
+    """With blocks that tell their numbers."""
+    path = tmp_path / "disk"
+    path.write_bytes(b"".join(n.to_bytes(4, "big") * (SIZE // 4) for n in range(4 * 2048)))
+    return path
+
+
+async def test_a_copy_onto_itself_survives_that_rights_are_looked_at_again(disk: Path) -> None:
+    """It goes on where it was: begun anew it would copy what it has copied already."""
+    before = disk.read_bytes()
+    async with copying(disk) as (two, latch, done):
+        assert await out(two, REGISTER, 0, 2) == GOOD
+        latch.free(SOMEBODY, 0, SIZE)
     assert done == [GOOD]
     assert disk.read_bytes() == before[: 1 << 20] + before[: 3 << 20]
 
 
-async def test_a_copy_ends_when_its_right_does(tmp_path: Path) -> None:
-    disk = tmp_path / "disk"
-    async with fabric(tmp_path, TARGET + UNIT.format(tmp_path)) as (san, nursery):
-        one, two = await join(nursery, tmp_path, 1), await join(nursery, tmp_path, 2)
-        for each in (one, two):
-            await each.command(bytes(6))
-        route = await two.open()
-        done: list[int] = []
-        with Latch(two.fds[route.nexus][1]) as latch:
-            assert latch.take(SOMEBODY, 0, SIZE) is None
-            nursery.start_soon(copy, one, naa(san), done)
-            await trio.sleep(0.2)
-            assert await out(two, REGISTER, 0, 2) == GOOD
-            assert await out(two, RESERVE, 2, kind=EA) == GOOD
-            before = disk.read_bytes()
-            latch.free(SOMEBODY, 0, SIZE)
-        await one.until(lambda: done)
+async def test_a_copy_ends_when_its_right_does(disk: Path) -> None:
+    async with copying(disk) as (two, latch, done):
+        assert await out(two, REGISTER, 0, 2) == GOOD
+        assert await out(two, RESERVE, 2, kind=EA) == GOOD
+        before = disk.read_bytes()
+        latch.free(SOMEBODY, 0, SIZE)
     assert done == [CONFLICT]
     assert disk.read_bytes() == before
 
@@ -90,6 +100,11 @@ async def over(one: LinkAdapter, designators: list[bytes], done: list[tuple[int,
     data = parameters([cscd(name) for name in designators], [segment(0, 1, 1, 0, 7)])
     answer = await one.command(cdb(data), data_out=data)
     done.append((answer.status, bytes([answer.sense[2], *answer.sense[12:14]]).hex() if answer.sense else ""))
+
+
+def writing(san: Fabric) -> bool:
+    """The copy is at its write, which waits for the block."""
+    return any(served._operations for served in san.placement.served.values())
 
 
 async def ready(adapter: LinkAdapter) -> LinkAdapter:
@@ -132,9 +147,10 @@ async def test_a_copy_does_not_land_behind_a_preempt_at_the_other_unit(tmp_path:
         with Latch(two.fds[route.nexus][1]) as latch:
             assert latch.take(SOMEBODY, 7 * SIZE, SIZE) is None
             nursery.start_soon(over, one, names(san), done)
-            await trio.sleep(0.1)
+            await until(lambda: writing(san))
             nursery.start_soon(reserve)
-            await trio.sleep(0.1)
+            await until(lambda: len(san._runner._running) == 2)
+            await trio.testing.wait_all_tasks_blocked()
             assert len(reserved) < 2, "it waits for what is under way"
             latch.free(SOMEBODY, 7 * SIZE, SIZE)
         await two.until(lambda: len(reserved) == 2)
@@ -162,14 +178,13 @@ async def test_a_unit_is_taken_away_while_it_is_copied_to(tmp_path: Path) -> Non
         with Latch(two.fds[route.nexus][1]) as latch:
             assert latch.take(SOMEBODY, 7 * SIZE, SIZE) is None
             nursery.start_soon(over, one, names(san), done)
-            await trio.sleep(0.1)
+            await until(lambda: writing(san))
             nursery.start_soon(take_away)
-            await trio.sleep(0.1)
+            await until(lambda: len(san.config.targets[0].units) == 1)
+            await trio.testing.wait_all_tasks_blocked()
             assert not reloaded
             latch.free(SOMEBODY, 7 * SIZE, SIZE)
         await one.until(lambda: done)
-        with trio.fail_after(10):
-            while not reloaded:
-                await trio.sleep(0.01)
+        await until(lambda: reloaded)
     assert done == [(2, "0a0d02")]
     assert not any((tmp_path / "1").read_bytes())

@@ -12,7 +12,8 @@ import pytest
 import trio
 
 from tests.daemon.linkadapter import attach, read_10, write_10, wwpn
-from tests.daemon.test_fabricd import TARGET, UNIT, config, fabric, join, unit, until
+from tests.daemon.test_fabricd import TARGET, UNIT, config, fabric, join, started, unit
+from tests.waiting import until
 from vhostfc.daemon.control import call
 from vhostfc.daemon.fabricd import Fabric
 from vhostfc.daemon.fdsocket import LinkSocket, connect
@@ -81,8 +82,7 @@ async def test_an_adapter_that_does_not_let_go_is_fenced_for_a_fault_too(tmp_pat
 
 async def test_the_states_that_a_unit_may_be_in(tmp_path: Path) -> None:
     async with fabric(tmp_path) as (_, nursery):
-        one = await join(nursery, tmp_path, 1)
-        await one.command(bytes(6))
+        (one,) = await started(nursery, tmp_path, 1)
         for what, status in (("busy", 0x08), ("full", 0x28), ("offline", 0x02)):
             name = await add(tmp_path, what, target="array-a", lun=0)
             result = await one.command(bytes(6))
@@ -96,8 +96,7 @@ async def test_the_states_that_a_unit_may_be_in(tmp_path: Path) -> None:
 
 async def test_blocks_that_cannot_be_read_and_then_can(tmp_path: Path) -> None:
     async with fabric(tmp_path) as (_, nursery):
-        one = await join(nursery, tmp_path, 1)
-        await one.command(bytes(6))
+        (one,) = await started(nursery, tmp_path, 1)
         data = os.urandom(20 * 512)
         assert (await one.command(write_10(90, 20), data_out=data)).status == 0
         name = await add(tmp_path, "medium-error", lba=100, blocks=5, on="read")
@@ -112,8 +111,7 @@ async def test_blocks_that_cannot_be_read_and_then_can(tmp_path: Path) -> None:
 
 async def test_a_write_error_leaves_the_block_as_it_was(tmp_path: Path) -> None:
     async with fabric(tmp_path) as (_, nursery):
-        one = await join(nursery, tmp_path, 1)
-        await one.command(bytes(6))
+        (one,) = await started(nursery, tmp_path, 1)
         await add(tmp_path, "medium-error", lba=7, blocks=1, on="write", count=1)
         assert (await one.command(write_10(7, 1), data_out=b"\x11" * 512)).status == 0x02
         assert (await one.command(read_10(7, 1), data_in=512)).data_in == bytes(512)
@@ -123,9 +121,7 @@ async def test_a_write_error_leaves_the_block_as_it_was(tmp_path: Path) -> None:
 
 async def test_latency_is_had_by_whom_it_is_for(tmp_path: Path) -> None:
     async with fabric(tmp_path) as (_, nursery):
-        one, two = await join(nursery, tmp_path, 1), await join(nursery, tmp_path, 2)
-        for adapter in (one, two):
-            await adapter.command(bytes(6))
+        one, two = await started(nursery, tmp_path, 1, 2)
         await add(tmp_path, "latency", seconds=0.2, wwpn=str(wwpn(1)))
         begin = trio.current_time()
         assert (await two.command(read_10(0, 1), data_in=512)).status == 0
@@ -166,8 +162,7 @@ async def test_a_name_server_that_is_silent_keeps_a_port_from_its_targets(tmp_pa
 
 async def test_a_lost_response_costs_a_command_and_no_more(tmp_path: Path) -> None:
     async with fabric(tmp_path) as (_, nursery):
-        one = await join(nursery, tmp_path, 1)
-        await one.command(bytes(6))
+        (one,) = await started(nursery, tmp_path, 1)
         await add(tmp_path, "lose", direction="out", r_ctl=7, opcode="TEST UNIT READY", count=1)
         command = one.port.start_command(one.remote(), bytes(8), bytes(6), one._now())
         await one._flush()
@@ -180,8 +175,7 @@ async def test_a_lost_response_costs_a_command_and_no_more(tmp_path: Path) -> No
 
 async def test_frames_that_are_late_or_come_twice_do_no_harm(tmp_path: Path) -> None:
     async with fabric(tmp_path) as (_, nursery):
-        one = await join(nursery, tmp_path, 1)
-        await one.command(bytes(6))
+        (one,) = await started(nursery, tmp_path, 1)
         await add(tmp_path, "delay", seconds=0.01, to=0.03, r_ctl=6)
         await add(tmp_path, "duplicate", r_ctl=7)
         data = os.urandom(8 * 512)
@@ -192,8 +186,7 @@ async def test_frames_that_are_late_or_come_twice_do_no_harm(tmp_path: Path) -> 
 
 async def test_a_corrupt_frame_is_delivered_as_it_is(tmp_path: Path) -> None:
     async with fabric(tmp_path) as (_, nursery):
-        one = await join(nursery, tmp_path, 1)
-        await one.command(bytes(6))
+        (one,) = await started(nursery, tmp_path, 1)
         await add(tmp_path, "corrupt", r_ctl=1, direction="out", byte=24 + 100, count=1)
         bad = (await one.command(read_10(0, 1), data_in=512)).data_in
         assert [at for at in range(512) if bad[at]] == [100]
@@ -230,8 +223,7 @@ async def test_a_port_that_is_logged_out_is_told_and_logs_in_again(tmp_path: Pat
 
 async def test_a_target_that_was_gone_is_the_same_when_it_is_back(tmp_path: Path) -> None:
     async with fabric(tmp_path) as (san, nursery):
-        one = await join(nursery, tmp_path, 1)
-        await one.command(bytes(6))
+        (one,) = await started(nursery, tmp_path, 1)
         await one.command(write_10(3, 1), data_out=b"\x77" * 512)
         port_id = one.remote().port_id
         name = await add(tmp_path, "target-gone", target="array-a")
@@ -289,8 +281,7 @@ async def test_a_zone_a_mask_and_a_map_change_and_are_what_they_were(tmp_path: P
 
 async def test_a_target_port_group_changes_its_state(tmp_path: Path) -> None:
     async with fabric(tmp_path) as (_, nursery):
-        one = await join(nursery, tmp_path, 1)
-        await one.command(bytes(6))
+        (one,) = await started(nursery, tmp_path, 1)
         name = await add(tmp_path, "access", group=1, access="standby")
         assert (await one.command(bytes(6))).sense[12:14] == b"\x2a\x06"
         assert (await one.command(bytes(6))).sense[12:14] == b"\x04\x0b"

@@ -11,11 +11,11 @@ import trio
 
 from tests.daemon.linkadapter import LinkAdapter, write_10
 from tests.daemon.test_fabric_reservations import may
-from tests.daemon.test_fabric_sanitize import file_unit, started
-from tests.daemon.test_fabricd import fabric
+from tests.daemon.test_fabric_sanitize import file_unit
+from tests.daemon.test_fabricd import fabric, started
 from tests.scsi.test_extended_copy import cdb, cscd, parameters, segment
 from vhostfc.daemon import media
-from vhostfc.daemon.media import NotSynced
+from vhostfc.daemon.medium import NotSynced
 from vhostfc.fabric.link import Route
 from vhostfc.native import Latch
 

@@ -14,7 +14,7 @@ import structlog
 import trio
 
 from tests.daemon.linkadapter import LinkAdapter, read_10, write_10, wwpn
-from tests.daemon.test_fabricd import TARGET, UNIT, config, fabric, join
+from tests.daemon.test_fabricd import TARGET, UNIT, config, fabric, started
 from vhostfc.daemon.fabricd import Fabric
 from vhostfc.daemon.stable import make_directory
 from vhostfc.fc.fcp import TmFlag
@@ -47,9 +47,7 @@ async def keys(one: LinkAdapter) -> dict[str, int]:
 async def members(nursery: trio.Nursery, tmp_path: Path) -> tuple[LinkAdapter, LinkAdapter]:
     """Two adapters, registered with keys 1 and 2; the first one holds the reservation (write exclusive,
     registrants only)."""
-    one, two = await join(nursery, tmp_path, 1), await join(nursery, tmp_path, 2)
-    for member in (one, two):
-        await member.command(bytes(6))
+    one, two = await started(nursery, tmp_path, 1, 2)
     assert await out(one, REGISTER, 0, 1) == GOOD
     assert await out(two, REGISTER, 0, 2) == GOOD
     assert await out(one, RESERVE, 1, kind=WERO) == GOOD
@@ -64,8 +62,7 @@ def may(one: LinkAdapter, opcode: int) -> bool:
 async def test_each_adapter_is_an_initiator_of_its_own(tmp_path: Path) -> None:
     async with fabric(tmp_path) as (_, nursery):
         one, two = await members(nursery, tmp_path)
-        three = await join(nursery, tmp_path, 3)
-        await three.command(bytes(6))
+        (three,) = await started(nursery, tmp_path, 3)
         assert await keys(three) == {str(wwpn(1)): 1, str(wwpn(2)): 2}
         assert (await two.command(write_10(0, 1), data_out=bytes(512))).status == GOOD
         assert (await three.command(write_10(0, 1), data_out=bytes(512))).status == CONFLICT
@@ -133,9 +130,7 @@ def _running(san: Fabric) -> int:
 
 async def test_a_logout_ends_reserve_6_and_not_a_registration(tmp_path: Path) -> None:
     async with fabric(tmp_path) as (_, nursery):
-        one, two = await join(nursery, tmp_path, 1), await join(nursery, tmp_path, 2)
-        for member in (one, two):
-            await member.command(bytes(6))
+        one, two = await started(nursery, tmp_path, 1, 2)
         assert (await one.command(bytes([0x16, 0, 0, 0, 0, 0]))).status == GOOD
         assert (await two.command(bytes(6))).status == CONFLICT
         one.close()
@@ -151,9 +146,7 @@ async def test_a_logout_ends_reserve_6_and_not_a_registration(tmp_path: Path) ->
 async def test_aptpl_outlives_the_fabric(tmp_path: Path) -> None:
     unit = '[[target.unit]]\nlun = 0\nfile = "disk"\nsize = "1MiB"\n'
     async with fabric(tmp_path, TARGET + unit) as (_, nursery):
-        one, two = await join(nursery, tmp_path, 1), await join(nursery, tmp_path, 2)
-        for member in (one, two):
-            await member.command(bytes(6))
+        one, two = await started(nursery, tmp_path, 1, 2)
         assert await out(two, REGISTER, 0, 2) == GOOD
         assert await out(one, REGISTER, 0, 1, aptpl=True) == GOOD
         assert await out(one, RESERVE, 1, kind=EA) == GOOD
@@ -161,9 +154,7 @@ async def test_aptpl_outlives_the_fabric(tmp_path: Path) -> None:
     more = TARGET.replace(':01"', ':02"').replace("array-a", "array-b")
     zone = f'[[zone]]\nname = "z"\nmembers = ["50:06:01:60:00:00:00:01", "{wwpn(1)}", "{wwpn(2)}"]\n'
     async with fabric(tmp_path, more + TARGET + unit + zone) as (_, nursery):
-        one, two = await join(nursery, tmp_path, 1), await join(nursery, tmp_path, 2)
-        for member in (one, two):
-            await member.command(bytes(6))
+        one, two = await started(nursery, tmp_path, 1, 2)
         assert await keys(one) == {str(wwpn(1)): 1, str(wwpn(2)): 2}
         assert (await one.command(read_10(0, 1), data_in=512)).status == GOOD
         assert (await two.command(read_10(0, 1), data_in=512)).status == CONFLICT
@@ -180,8 +171,7 @@ async def test_without_aptpl_nothing_is_left(tmp_path: Path) -> None:
 async def test_a_record_that_cannot_be_understood_stops_the_start(tmp_path: Path) -> None:
     unit = '[[target.unit]]\nlun = 0\nfile = "disk"\nsize = "1MiB"\n'
     async with fabric(tmp_path, TARGET + unit) as (_, nursery):
-        one = await join(nursery, tmp_path, 1)
-        await one.command(bytes(6))
+        (one,) = await started(nursery, tmp_path, 1)
         assert await out(one, REGISTER, 0, 1, aptpl=True) == GOOD
     (path,) = (tmp_path / "state/reservations").iterdir()
     path.write_bytes(path.read_bytes()[:40])
@@ -193,8 +183,7 @@ async def test_a_record_that_cannot_be_understood_stops_the_start(tmp_path: Path
 
 async def test_a_state_directory_that_cannot_be_written_is_told_to_the_initiator(tmp_path: Path) -> None:
     async with fabric(tmp_path) as (_, nursery):
-        one = await join(nursery, tmp_path, 1)
-        await one.command(bytes(6))
+        (one,) = await started(nursery, tmp_path, 1)
         (tmp_path / "state").write_text("not a directory")
         assert await out(one, REGISTER, 0, 1, aptpl=True) == CHECK_CONDITION
         assert await keys(one) == {}
@@ -269,8 +258,7 @@ class Copy:
 async def test_a_copy_is_not_done_twice_because_others_send_commands(tmp_path: Path) -> None:
     async with fabric(tmp_path, TARGET + BIG) as (san, nursery):
         one, two = await members(nursery, tmp_path)
-        three = await join(nursery, tmp_path, 3)
-        await three.command(bytes(6))
+        (three,) = await started(nursery, tmp_path, 3)
         copy = Copy(san, one, nursery)
         await copy.begin(held=4000)
         epoch = copy.served.epoch
@@ -333,15 +321,13 @@ async def test_what_was_refused_is_not_in_force_after_a_restart(
     text = TARGET + DISK.format(tmp_path)
     directories = Directories(monkeypatch)
     async with fabric(tmp_path, text) as (_, nursery):
-        one = await join(nursery, tmp_path, 1)
-        await one.command(bytes(6))
+        (one,) = await started(nursery, tmp_path, 1)
         directories.fail = True
         assert await out(one, REGISTER, 0, 7, aptpl=True) == CHECK_CONDITION
         directories.fail = False
         assert await keys(one) == {}
     async with fabric(tmp_path, text) as (_, nursery):
-        one = await join(nursery, tmp_path, 1)
-        await one.command(bytes(6))
+        (one,) = await started(nursery, tmp_path, 1)
         assert await keys(one) == {}
         assert await out(one, REGISTER, 0, 1, aptpl=True) == GOOD
         directories.fail = True
@@ -349,8 +335,7 @@ async def test_what_was_refused_is_not_in_force_after_a_restart(
         directories.fail = False
         assert await keys(one) == {str(wwpn(1)): 1}
     async with fabric(tmp_path, text) as (_, nursery):
-        one = await join(nursery, tmp_path, 1)
-        await one.command(bytes(6))
+        (one,) = await started(nursery, tmp_path, 1)
         assert await keys(one) == {str(wwpn(1)): 1}
 
 
@@ -360,8 +345,7 @@ async def test_what_may_not_be_kept_is_written_again_by_the_next_that_changes_no
     text = TARGET + DISK.format(tmp_path)
     directories = Directories(monkeypatch)
     async with fabric(tmp_path, text) as (san, nursery):
-        one = await join(nursery, tmp_path, 1)
-        await one.command(bytes(6))
+        (one,) = await started(nursery, tmp_path, 1)
         assert await out(one, REGISTER, 0, 1, aptpl=True) == GOOD
         directories.fail = True
         assert await out(one, RESERVE, 1, kind=WE) == CHECK_CONDITION
@@ -374,8 +358,7 @@ async def test_what_may_not_be_kept_is_written_again_by_the_next_that_changes_no
         assert await out(one, IGNORE, 0, 1, aptpl=True) == GOOD
         assert not served.unit.reservations.in_doubt
     async with fabric(tmp_path, text) as (_, nursery):
-        one = await join(nursery, tmp_path, 1)
-        await one.command(bytes(6))
+        (one,) = await started(nursery, tmp_path, 1)
         assert await keys(one) == {str(wwpn(1)): 1}
 
 

@@ -12,9 +12,10 @@ import trio
 
 from tests.daemon.linkadapter import LinkAdapter, read_10, write_10
 from tests.daemon.test_fabric_reservations import may
-from tests.daemon.test_fabricd import TARGET, UNIT, config, fabric, join
-from vhostfc.daemon import media
+from tests.daemon.test_fabricd import TARGET, UNIT, config, fabric, started
+from tests.waiting import until
 from vhostfc.daemon.fabric_journal import Journal
+from vhostfc.daemon.medium import Medium
 from vhostfc.errors import VhostfcError
 from vhostfc.fc.fcp import TmFlag
 from vhostfc.native import Latch
@@ -31,13 +32,6 @@ A, B, C = b"a" * 512, b"b" * 512, b"c" * 512
 
 def file_unit(tmp_path: Path) -> str:
     return f'{TARGET}[[target.unit]]\nlun = 0\nfile = "{tmp_path}/disk"\nsize = "1MiB"\n'
-
-
-async def started(nursery: trio.Nursery, tmp_path: Path, *numbers: int) -> list[LinkAdapter]:
-    adapters = [await join(nursery, tmp_path, number) for number in numbers]
-    for one in adapters:
-        await one.command(bytes(6))
-    return adapters
 
 
 async def test_nothing_lands_behind_a_sanitize(tmp_path: Path) -> None:
@@ -169,17 +163,17 @@ async def test_one_that_fails_half_way_is_undone(tmp_path: Path, monkeypatch: py
     async with fabric(tmp_path, file_unit(tmp_path)) as (_, nursery):
         (one,) = await started(nursery, tmp_path, 1)
         await one.command(write_10(3, 2), data_out=A + A)
-        whole = media.Medium._write
+        whole = Medium._write
         failures = [None]
 
-        def half(self: media.Medium, lba: int, data: bytes, fua: bool) -> None:
+        def half(self: Medium, lba: int, data: bytes, fua: bool) -> None:
             if failures:
                 failures.pop()
                 whole(self, lba, data[:512], fua)
                 raise MediumError(lba + 1, space=True)
             whole(self, lba, data, fua)
 
-        monkeypatch.setattr(media.Medium, "_write", half)
+        monkeypatch.setattr(Medium, "_write", half)
         answer = await one.command(atomic(3, 2), data_out=B + B)
         assert (answer.status, answer.sense[2], answer.sense[12:14]) == (CHECK_CONDITION, 0x7, b"\x27\x07")
         assert (await one.command(read_10(3, 2), data_in=1024)).data_in == A + A
@@ -283,9 +277,7 @@ async def test_a_record_that_stays_until_the_end_is_undone(tmp_path: Path, monke
             (served,) = san.placement.served.values()
             assert not served.ready, "it cannot be told whether the record is of now or of then"
             patch.undo()
-            with trio.fail_after(10):
-                while not served.ready:
-                    await trio.sleep(0.01)
+            await until(lambda: served.ready)
     async with fabric(tmp_path, text) as (_, nursery):
         (one,) = await started(nursery, tmp_path, 1)
         assert (await one.command(read_10(3, 1), data_in=512)).data_in == A
@@ -312,16 +304,16 @@ async def test_of_two_each_has_its_record_while_it_writes(tmp_path: Path, monkey
     async with fabric(tmp_path, file_unit(tmp_path)) as (san, nursery):
         one, two = await started(nursery, tmp_path, 1, 2)
         (served,) = san.placement.served.values()
-        whole = media.Medium.write
+        whole = Medium.write
         records: list[tuple[int, object]] = []
 
-        async def slowly(self: media.Medium, lba: int, data: bytes, *, fua: bool = False) -> None:
-            await trio.sleep(0.1)  # the other one has begun meanwhile
+        async def slowly(self: Medium, lba: int, data: bytes, *, fua: bool = False) -> None:
+            await until(lambda: len(san._runner._running) == 2 or records)  # the other one has begun meanwhile
             record = served.journal.load()
             records.append((lba, record and record[0]))
             await whole(self, lba, data, fua=fua)
 
-        monkeypatch.setattr(media.Medium, "write", slowly)
+        monkeypatch.setattr(Medium, "write", slowly)
         done: list[int] = []
 
         async def write(member: LinkAdapter, lba: int) -> None:

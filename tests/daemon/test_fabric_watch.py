@@ -11,7 +11,7 @@ import trio
 import trio.testing
 
 from tests.daemon.linkadapter import read_10, write_10, wwpn
-from tests.daemon.test_fabricd import TARGET, fabric, join, unit
+from tests.daemon.test_fabricd import TARGET, fabric, join, started, unit
 from tests.fabric.test_pcapng import faulty, read
 from vhostfc.daemon import capture
 from vhostfc.daemon.capture import CaptureFile, Sniffer, capture_to, receive
@@ -93,8 +93,7 @@ async def test_a_capture_of_a_login_and_io_is_what_wireshark_expects(tmp_path: P
             done.set()
 
         await nursery.start(record)
-        one = await join(nursery, tmp_path, 1)
-        await one.command(bytes(6))
+        (one,) = await started(nursery, tmp_path, 1)
         await one.command(write_10(0, 16), data_out=bytes(16 * 512))
         await one.command(read_10(0, 16), data_in=16 * 512)
         await call(tmp_path / "f.control", "fault", {"do": "add", "fault": [{"what": "lose", "r_ctl": 7, "count": 1}]})

@@ -13,7 +13,7 @@ import trio
 from tests.daemon.linkadapter import write_10, wwpn
 from tests.daemon.test_fabric_reservations import PREEMPT_AND_ABORT, WERO, may, members, out
 from tests.daemon.test_fabric_sanitize import SOMEBODY, atomic, file_unit
-from tests.daemon.test_fabricd import config, fabric, join
+from tests.daemon.test_fabricd import config, fabric, join, started
 from vhostfc.config import FabricConfig
 from vhostfc.daemon.fabric_latch import PAUSE_MAX
 from vhostfc.fabric.switch import Output
@@ -34,8 +34,7 @@ async def test_nothing_lands_after_a_reload_that_took_its_zone_away(
 ) -> None:
     del attempt
     async with fabric(tmp_path, file_unit(tmp_path) + zone(1)) as (san, nursery):
-        one = await join(nursery, tmp_path, 1)
-        await one.command(bytes(6))
+        (one,) = await started(nursery, tmp_path, 1)
         (served,) = san.placement.served.values()
         latch, runner = served.medium.latch, san._runner
         assert latch is not None
@@ -68,8 +67,7 @@ async def test_nothing_lands_after_a_reload_that_took_its_zone_away(
 async def test_an_unmap_of_all_of_a_busy_unit_gets_through(tmp_path: Path) -> None:
     """At any moment somebody has some block; no large range is ever free as a whole."""
     async with fabric(tmp_path, file_unit(tmp_path).replace("1MiB", "8MiB")) as (san, nursery):
-        one = await join(nursery, tmp_path, 1)
-        await one.command(bytes(6))
+        (one,) = await started(nursery, tmp_path, 1)
         await one.command(write_10(0, 2048), data_out=b"A" * (1 << 20))
         (served,) = san.placement.served.values()
         latch, stripe = served.medium.latch, 0

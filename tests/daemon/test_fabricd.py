@@ -7,7 +7,7 @@ import os
 import signal
 import socket
 import struct
-from collections.abc import AsyncIterator, Callable, Sized
+from collections.abc import AsyncIterator, Sized
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
@@ -17,6 +17,7 @@ import structlog
 import trio
 
 from tests.daemon.linkadapter import LinkAdapter, attach, read_10, write_10, wwpn
+from tests.waiting import until
 from vhostfc.config import FabricConfig, load_fabric
 from vhostfc.daemon.control import call
 from vhostfc.daemon.fabricd import Fabric, run_fabric
@@ -61,6 +62,14 @@ async def fabric(tmp_path: Path, text: str = TARGET + UNIT) -> AsyncIterator[tup
 
 async def join(nursery: trio.Nursery, tmp_path: Path, number: int) -> LinkAdapter:
     return await (await attach(nursery, tmp_path / "f.sock", number)).ready()
+
+
+async def started(nursery: trio.Nursery, tmp_path: Path, *numbers: int) -> list[LinkAdapter]:
+    """Adapters that have been told of the power on."""
+    adapters = [await join(nursery, tmp_path, number) for number in numbers]
+    for one in adapters:
+        await one.command(bytes(6))
+    return adapters
 
 
 async def test_an_adapter_logs_in_and_does_its_io_in_frames(tmp_path: Path) -> None:
@@ -181,9 +190,7 @@ async def test_zones_and_masks_decide_who_sees_what(tmp_path: Path) -> None:
 
 async def test_a_unit_is_added_and_taken_away_while_initiators_look_on(tmp_path: Path) -> None:
     async with fabric(tmp_path, TARGET + unit(0)) as (san, nursery):
-        one, two = await join(nursery, tmp_path, 1), await join(nursery, tmp_path, 2)
-        for adapter in (one, two):
-            await adapter.command(bytes(6))
+        one, two = await started(nursery, tmp_path, 1, 2)
         before = one.topology
         await san.reload(config(tmp_path, TARGET + unit(0) + unit(5, f'allow = ["{wwpn(1)}"]')))
         await one.until(lambda: one.topology > before)
@@ -442,8 +449,7 @@ async def test_memory_survives_a_restart_in_systemd_s_store(tmp_path: Path) -> N
     for text in (unit(0), unit(0), unit(0, size="2MiB")):
         async with life(tmp_path, manager, TARGET + text) as (san, nursery):
             names.append(san.status()["targets"][0]["units"][0]["naa"])
-            one = await join(nursery, tmp_path, 1)
-            await one.command(bytes(6))
+            (one,) = await started(nursery, tmp_path, 1)
             if len(names) == 1:
                 await one.command(write_10(3, 1), data_out=b"\x42" * 512)
             assert (await one.command(read_10(3, 1), data_in=512)).data_in == b"\x42" * 512
@@ -469,13 +475,6 @@ async def test_what_adapters_left_behind_while_there_was_no_fabric_is_dealt_with
         os.pwrite(served.medium.latch_fd, b"N" * 512, data)
         os.pwrite(served.medium.fd, b"N" * 100, 3 * 512)
     async with life(tmp_path, manager, TARGET + unit(0)) as (_, nursery):
-        one = await join(nursery, tmp_path, 1)
-        await one.command(bytes(6))
+        (one,) = await started(nursery, tmp_path, 1)
         assert (await one.command(read_10(3, 2), data_in=1024)).data_in == b"N" * 512 + bytes(512)
     manager.close()
-
-
-async def until(condition: Callable[[], object]) -> None:
-    with trio.fail_after(10):
-        while not condition():
-            await trio.sleep(0.005)

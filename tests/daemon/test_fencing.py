@@ -23,11 +23,13 @@ import trio
 
 from tests.daemon.linkadapter import LinkAdapter, attach, read_10, write_10, wwpn
 from tests.daemon.test_fabric_reservations import EA, REGISTER, RELEASE, RESERVE, WE, may, out
-from tests.daemon.test_fabricd import TARGET, UNIT, config, fabric, join
+from tests.daemon.test_fabricd import TARGET, UNIT, config, fabric, join, started
+from tests.waiting import until
 from vhostfc.config import FabricConfig
-from vhostfc.daemon import fabric_latch, fabric_locks, media
+from vhostfc.daemon import fabric_latch, fabric_locks
 from vhostfc.daemon.fabricd import Fabric
 from vhostfc.daemon.fencing import Verdict
+from vhostfc.daemon.medium import Medium
 from vhostfc.fabric import link
 from vhostfc.fabric.link import InFlight, MediumKind, Route
 from vhostfc.fc.fcp import TmFlag
@@ -184,7 +186,7 @@ async def test_closing_a_path_is_enough(tmp_path: Path) -> None:
         route = await one.open()
         one.drop_media()
         await one.send(link.Close(route.nexus))
-        await _until(lambda: not san.status()["targets"][0]["units"][0]["open"])
+        await until(lambda: not san.status()["targets"][0]["units"][0]["open"])
 
 
 # ---------------------------------------------------------------- adapters that do not
@@ -214,7 +216,7 @@ async def test_an_acknowledgement_that_is_not_true_is_not_taken_for_one(tmp_path
 async def test_a_link_that_is_closed_is_not_a_medium_that_is_closed(tmp_path: Path) -> None:
     async with fabric(tmp_path) as (san, _), process(tmp_path) as adapter:
         await adapter.tell("hang up")
-        await _until(lambda: not san.status()["logins"])
+        await until(lambda: not san.status()["logins"])
         (opening,) = san.status()["targets"][0]["units"][0]["open"]
         assert opening["state"] == "link lost"
         await _reload_in_time(san, tmp_path, adapter)
@@ -225,15 +227,14 @@ async def test_an_adapter_that_lost_its_link_and_lets_go_lives_on(tmp_path: Path
     async with fabric(tmp_path) as (san, _), process(tmp_path) as adapter:
         await adapter.tell("hang up")
         await adapter.tell("drop")
-        await _until(lambda: not san.status()["targets"][0]["units"][0]["open"])
+        await until(lambda: not san.status()["targets"][0]["units"][0]["open"])
         assert adapter.process.poll() is None
 
 
 async def test_a_killed_adapter_s_blocks_are_freed(tmp_path: Path) -> None:
     async with fabric(tmp_path) as (san, nursery), process(tmp_path) as adapter:
         assert await adapter.tell("latch", 5 * LATCH_STRIPE) is None
-        two = await join(nursery, tmp_path, 2)
-        await two.command(bytes(6))
+        (two,) = await started(nursery, tmp_path, 2)
         done = trio.Event()
 
         async def write() -> None:
@@ -252,8 +253,7 @@ async def test_a_killed_adapter_s_blocks_are_freed(tmp_path: Path) -> None:
 
 async def test_what_a_killed_adapter_was_writing_is_finished_before_anybody_reads_it(tmp_path: Path) -> None:
     async with fabric(tmp_path) as (san, nursery), process(tmp_path) as adapter:
-        two = await join(nursery, tmp_path, 2)
-        await two.command(bytes(6))
+        (two,) = await started(nursery, tmp_path, 2)
         owner, medium = _openings(san)[0].owner, _medium(san)
         assert await adapter.tell("latch", 0) is None
         # What native/latch.h leaves behind between half of a block and all of it.
@@ -274,7 +274,7 @@ async def test_an_owner_that_is_stuck_is_asked_and_then_killed(tmp_path: Path) -
         with trio.fail_after(10):
             while not await adapter.tell("pings"):
                 await trio.sleep(0.01)
-        await _until(lambda: not _openings(san)[0].asked)  # it has answered, and is alive
+        await until(lambda: not _openings(san)[0].asked)  # it has answered, and is alive
         adapter.stop()
         await two.send(link.LatchStuck(route.nexus, owner))
         assert await adapter.died() == -signal.SIGKILL
@@ -301,7 +301,7 @@ async def test_an_adapter_whose_disk_is_slow_lives_on(tmp_path: Path, who: str) 
 async def test_a_name_that_returns_waits_until_its_former_life_is_over(tmp_path: Path) -> None:
     async with fabric(tmp_path) as (san, nursery), process(tmp_path) as adapter:
         await adapter.tell("hang up")
-        await _until(lambda: not san.status()["logins"])
+        await until(lambda: not san.status()["logins"])
         again = await attach(nursery, tmp_path / "f.sock", 1)
         assert not san.status()["logins"]
         await again.ready()
@@ -312,9 +312,7 @@ async def test_a_medium_that_cannot_be_given_anew_is_taken_away_like_any_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with fabric(tmp_path) as (_, nursery):
-        one, two = await join(nursery, tmp_path, 1), await join(nursery, tmp_path, 2)
-        for adapter in (one, two):
-            await adapter.command(bytes(6))
+        one, two = await started(nursery, tmp_path, 1, 2)
         assert await out(one, REGISTER, 0, 1) == 0
         assert await out(one, RESERVE, 1, kind=WE) == 0
         await two.open()
@@ -323,10 +321,10 @@ async def test_a_medium_that_cannot_be_given_anew_is_taken_away_like_any_other(
         two.acks = two.releases = False  # from here on it does not answer
         routes = len(two.seen)
 
-        def reopen(_: media.Medium) -> int:
+        def reopen(_: Medium) -> int:
             raise OSError(errno.EMFILE, "Too many open files")
 
-        monkeypatch.setattr(media.Medium, "reopen", reopen)
+        monkeypatch.setattr(Medium, "reopen", reopen)
         done: list[int] = []
 
         async def reserve() -> None:
@@ -350,8 +348,7 @@ async def test_a_medium_that_cannot_be_given_anew_is_taken_away_like_any_other(
 
 async def test_a_write_that_waited_while_its_right_was_taken_away_does_not_land(tmp_path: Path) -> None:
     async with fabric(tmp_path) as (san, nursery):
-        one = await join(nursery, tmp_path, 1)
-        await one.command(bytes(6))
+        (one,) = await started(nursery, tmp_path, 1)
         medium = _medium(san)
         assert medium.latch is not None
         medium.latch.take(77, 0, 512)
@@ -361,19 +358,17 @@ async def test_a_write_that_waited_while_its_right_was_taken_away_does_not_land(
             results.append(await one.command(write_10(0, 1), data_out=b"\xff" * 512))
 
         nursery.start_soon(write)
-        await _until(lambda: _waiting(san) == 1)
+        await until(lambda: _waiting(san) == 1)
         await san.reload(masked(tmp_path))
         medium.latch.recover(77)
-        await _until(lambda: results)
+        await until(lambda: results)
         assert results[0].sense[12:14] == b"\x25\x00"
         assert os.pread(medium.fd, 512, 0) == bytes(512)
 
 
 async def test_commands_of_others_end_with_task_aborted_and_the_blocks_are_free(tmp_path: Path) -> None:
     async with fabric(tmp_path) as (san, nursery):
-        one, two = await join(nursery, tmp_path, 1), await join(nursery, tmp_path, 2)
-        for adapter in (one, two):
-            await adapter.command(bytes(6))
+        one, two = await started(nursery, tmp_path, 1, 2)
         medium = _medium(san)
         assert medium.latch is not None
         medium.latch.take(77, 0, 512)
@@ -384,9 +379,9 @@ async def test_commands_of_others_end_with_task_aborted_and_the_blocks_are_free(
 
         nursery.start_soon(write, one)
         nursery.start_soon(write, two)
-        await _until(lambda: _waiting(san) == 2)
+        await until(lambda: _waiting(san) == 2)
         assert await two.manage(TmFlag.CLEAR_TASK_SET) == 0
-        await _until(lambda: len(results) == 2)
+        await until(lambda: len(results) == 2)
         assert results["vm1"].status == 0x40
         assert results["vm2"].end is End.ABORTED
         assert medium.latch.recover(fabric_latch.OWNER) == 0
@@ -413,7 +408,7 @@ async def test_a_restarted_fabric_waits_for_holders_of_the_former_one(tmp_path: 
             assert (await one.command(report, data_in=256)).data_in[8:] == bytes([0, 1, *bytes(6)])
             os.close(holder)
             holder = -1
-            await _until(lambda: san.status()["targets"][0]["units"][0]["ready"])
+            await until(lambda: san.status()["targets"][0]["units"][0]["ready"])
             assert len((await one.command(report, data_in=256)).data_in) == 24
     finally:
         if holder >= 0:
@@ -470,7 +465,7 @@ def test_what_narrows() -> None:
 # ---------------------------------------------------------------- helpers
 
 
-def _medium(san: Fabric) -> media.Medium:
+def _medium(san: Fabric) -> Medium:
     (served,) = san.placement.served.values()
     return served.medium
 
@@ -483,12 +478,6 @@ def _openings(san: Fabric) -> list[Any]:
 def _waiting(san: Fabric) -> int:
     """Commands that have got as far as the medium, and wait for its latch."""
     return sum(bool(running.mask) for running in san._runner._running.values())
-
-
-async def _until(condition: Any) -> None:
-    with trio.fail_after(10):
-        while not condition():
-            await trio.sleep(0.01)
 
 
 async def _reload_in_time(san: Fabric, tmp_path: Path, adapter: Process) -> None:

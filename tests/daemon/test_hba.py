@@ -17,6 +17,7 @@ import structlog
 import trio
 import trio.testing
 
+from tests.waiting import until
 from vhostfc.config import AdapterConfig, PortConfig
 from vhostfc.daemon.fdsocket import Listener, listen
 from vhostfc.daemon.hba import Adapter, run_adapter
@@ -193,12 +194,6 @@ class FakeFabric:
     async def open_path(self, unit: Unit) -> FakePath | None:
         await self._pass()
         return FakePath(unit, self.said, self.medium())
-
-
-async def until(truth: Callable[[], object]) -> None:
-    with trio.fail_after(10):
-        while not truth():
-            await trio.sleep(0.001)
 
 
 @dataclass

@@ -12,6 +12,7 @@ import trio
 
 from tests.fakes.array import FakeTarget, FakeUnit
 from tests.fakes.kernel import FakeKernel
+from tests.waiting import until
 from vhostfc.config import AdapterConfig, PortConfig
 from vhostfc.daemon.fdsocket import listen
 from vhostfc.daemon.hba import Adapter, run_adapter
@@ -77,12 +78,6 @@ class Lab:
 @pytest.fixture
 def lab(tmp_path: Path, nursery: trio.Nursery) -> Lab:
     return Lab(tmp_path, nursery)
-
-
-async def until(truth: Callable[[], object]) -> None:
-    with trio.fail_after(10):
-        while not truth():
-            await trio.sleep(0.01)
 
 
 async def write_and_stop(lab: Lab) -> Callable[[], None]:

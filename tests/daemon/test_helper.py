@@ -17,6 +17,7 @@ from structlog.testing import capture_logs
 from tests.fakes.array import FakeTarget, FakeUnit
 from tests.fakes.kernel import FakeKernel
 from tests.ports.contract import ME, OTHER
+from tests.waiting import until
 from vhostfc.daemon.helped import HelpedKernel
 from vhostfc.daemon.helper import CONNECTIONS, Client, Helper, Share, listening_socket, run_helper
 from vhostfc.daemon.permits import unit_of
@@ -137,8 +138,7 @@ async def test_somebody_elses_vport_with_our_names_is_not_deleted(lab: Lab, name
 async def settled(lab: Lab) -> str:
     """A vport of ours with its unit; the name of its host."""
     vhost = lab.kernel.make_vport(lab.kernel.hosts["host0"], ME.wwpn, ME.wwnn)
-    while not lab.kernel.nodes:
-        await trio.sleep(0.01)
+    await until(lambda: lab.kernel.nodes)
     return vhost.name
 
 
@@ -342,8 +342,7 @@ async def test_a_flood_of_resets_keeps_nobody_else(
     async with trio.open_nursery() as flood:
         for _ in range(100):
             flood.start_soon(lab.helped.reset, lun, 0x101)
-        while not slow.at_once:
-            await trio.sleep(0.01)
+        await until(lambda: slow.at_once)
         with trio.fail_after(5):
             await lab.other().write(lab.path("class/fc_host/host0/vport_create"), STRANGER.encode())
             await lab.helped.write(lab.path("class/fc_remote_ports/rport-1:0-0/dev_loss_tmo"), b"30")
@@ -364,10 +363,10 @@ async def test_an_adapter_that_is_killed_with_unread_hints_ends_nothing(lab: Lab
     sock = socket.socket(socket.AF_UNIX)
     sock.connect(str(lab.socket))
     sock.sendall(b'{"watch": true}\n')
-    while not lab.kernel._listeners:
-        await trio.sleep(0.01)
+    await until(lambda: lab.kernel._listeners)
     lab.kernel._tell(Uevent("add", "/x", "scsi"))
-    await trio.sleep(0.1)
+    with trio.fail_after(5):
+        await trio.lowlevel.wait_readable(sock)
     sock.close()
     while lab.kernel._listeners:
         await trio.sleep(0.01)
@@ -429,11 +428,11 @@ async def test_who_sends_too_much_is_left(lab: Lab) -> None:
 
 
 async def test_a_vport_in_the_making_is_waited_for_by_who_is_stopped(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole, begun = lab.kernel.write, trio.Event()
+    whole, begun, stopped = lab.kernel.write, trio.Event(), trio.Event()
 
     async def slow(path: Path, data: bytes) -> int:
         begun.set()
-        await trio.sleep(0.2)
+        await stopped.wait()
         return await whole(path, data)
 
     monkeypatch.setattr(lab.kernel, "write", slow)
@@ -442,13 +441,13 @@ async def test_a_vport_in_the_making_is_waited_for_by_who_is_stopped(lab: Lab, m
             nursery.start_soon(lab.helped.write, lab.path("class/fc_host/host0/vport_create"), NAMES.encode())
             await begun.wait()
             scope.cancel()
+            stopped.set()
     assert lab.kernel.sysfs.vport_of(ME.wwpn) is not None, "and now its maker knows, and takes it away"
 
 
 async def test_hints_are_passed_on(lab: Lab) -> None:
     async with lab.helped.hints() as hints:
-        while not lab.kernel._listeners:
-            await trio.sleep(0.01)
+        await until(lambda: lab.kernel._listeners)
         await settled(lab)
         seen: list[Hint] = []
         with trio.fail_after(5):

@@ -16,7 +16,7 @@ import trio.testing
 
 from vhostfc.daemon import media
 from vhostfc.daemon.fabric_latch import OWNER, Holding
-from vhostfc.daemon.media import Medium
+from vhostfc.daemon.medium import PIECE, Medium
 from vhostfc.errors import VhostfcError
 from vhostfc.fabric.link import MediumKind
 from vhostfc.native import LATCH_STRIPE, LATCH_WORDS
@@ -64,7 +64,7 @@ async def test_what_is_written_is_read(medium: Medium) -> None:
 
 async def test_a_fill_repeats_its_block(medium: Medium) -> None:
     block = pattern(medium, 1)
-    blocks = 2 * media.PIECE // medium.block_size + 1
+    blocks = 2 * PIECE // medium.block_size + 1
     await medium.fill(1, min(blocks, medium.blocks - 1), block)
     assert await medium.read(1, blocks) == block * blocks
     assert not any(await medium.read(0, 1))

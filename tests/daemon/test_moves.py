@@ -10,6 +10,7 @@ import pytest
 import trio
 
 from tests.hostile.adapter import DaemonAdapter
+from tests.waiting import until
 from vhostfc.errors import VhostfcError
 from vhostfc.frontend.driver import ScsiDriver
 from vhostfc.frontend.load import GenerationTable, Load, Verification, run_load
@@ -74,8 +75,7 @@ async def test_a_command_that_is_not_answered_keeps_its_ring(adapter: DaemonAdap
     adapter.hold = True
     async with ScsiDriver.open(adapter.socket) as driver, trio.open_nursery() as nursery:
         nursery.start_soon(driver.command, 0, 0, INQUIRY)
-        while not adapter.held:
-            await trio.sleep(0.001)
+        await until(lambda: adapter.held)
         assert not await adapter.move(2, 1)
         assert adapter.answer_held()
     assert adapter.counters()["rings_moved"] == 0

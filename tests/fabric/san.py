@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from vhostfc.fabric.array import Array, Place
 from vhostfc.fabric.link import Note
 from vhostfc.fabric.rations import Rations
+from vhostfc.fabric.sessions import Exchange, Opened, Untold, Urgent
 from vhostfc.fabric.switch import Output, Switch
-from vhostfc.fabric.target import Exchange, Opened, TargetPort, Untold, Urgent
+from vhostfc.fabric.target import TargetPort
 from vhostfc.fabric.zoning import Zoning
 from vhostfc.fc import els
 from vhostfc.fc.fcp import FcpCmnd, FcpRsp, cmnd_frame

@@ -23,7 +23,7 @@ from vhostfc.fabric.faults import (
     UnitFaults,
     What,
 )
-from vhostfc.fc import bls, ct, els
+from vhostfc.fc import bls, ct, els, ns
 from vhostfc.fc.els import Els, Explanation, LsRjt, Reason
 from vhostfc.fc.fcp import FcpCmnd, FcpRsp, cmnd_frame, rsp_frame
 from vhostfc.fc.frame import Address, Frame, RCtl, els_request
@@ -35,7 +35,7 @@ HOST, ARRAY = 0x010101, 0x01FE01
 NAMES = {HOST: wwpn(1), ARRAY: Wwn(0x5006_0160_0000_0001)}
 PLOGI = els_request(HOST, ARRAY, 1, Login.plogi(wwpn(1), wwpn(1)).pack())
 FLOGI = els_request(0, Address.F_PORT, 2, Login.flogi(wwpn(7), wwpn(7)).pack())
-GPN_FT = ct.ct_request(HOST, Address.DIRECTORY_SERVER, 3, ct.ByFc4Type(ct.Ct.GPN_FT).pack())
+GPN_FT = ct.ct_request(HOST, Address.DIRECTORY_SERVER, 3, ns.ByFc4Type(ct.Ct.GPN_FT).pack())
 READ = cmnd_frame(HOST, ARRAY, 4, FcpCmnd(bytes(8), bytes([0x28]) + bytes(9), 512, read=True))
 DATA = Frame(RCtl.DATA_SOLICITED, HOST, ARRAY, 8, 0x880008, 4, 9, payload=bytes(512))
 RSP = rsp_frame(READ, 9, 1, FcpRsp())

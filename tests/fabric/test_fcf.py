@@ -3,80 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.fabric.enode import Enode
-from tests.fabric.san import FABRIC, San, wwpn
-from vhostfc.fabric.fcf import Action, Deliver, Detach, Forwarder, LogOut, Send
+from tests.fabric.san import FABRIC, wwpn
+from tests.fabric.segment import FCF, Segment
+from vhostfc.fabric.fcf import Deliver, Forwarder, LogOut, Send
 from vhostfc.fc import els, fip
 from vhostfc.fc.els import Els, Reason
 from vhostfc.fc.fcoe import Ethernet
 from vhostfc.fc.fip import Fip, Flag, Operation
 from vhostfc.fc.frame import Address, Frame, RCtl, els_request
 from vhostfc.fc.login import Login
-
-FCF = bytes.fromhex("020000000001")
-
-
-class Segment:
-    """A forwarder between ENodes, each at a station of its own (its number), and the switch of a San."""
-
-    def __init__(self, period: float = 8.0) -> None:
-        self.san = San()
-        self.now = 1000.0
-        self.forwarder = Forwarder(
-            "a segment", self.san.switch.attach, name=FABRIC, fabric=FABRIC, mac=FCF, period=period
-        )
-        self.enodes: dict[int, Enode] = {}
-        self.ended: list[Detach | LogOut] = []
-
-    def enode(self, number: int) -> Enode:
-        """One that has found the FCF."""
-        enode = self.enodes[number] = Enode(number)
-        enode.solicit()
-        self.settle()
-        return enode
-
-    def settle(self) -> None:
-        while any(enode.out for enode in self.enodes.values()):
-            for number, enode in self.enodes.items():
-                while enode.out:
-                    self.do(self.forwarder.receive(number, enode.out.pop(0), self.now))
-                    self.forward()
-
-    def forward(self) -> None:
-        """What the switch has for us."""
-        for port in list(self.san.inbox):
-            for what in self.san.inbox.pop(port):
-                if isinstance(what, bytes) and (send := self.forwarder.output(port, what, self.now)):
-                    self.do([send])
-
-    def do(self, actions: Iterable[Action]) -> None:
-        for action in actions:
-            match action:
-                case Send(station, data):
-                    for number, enode in self.enodes.items():
-                        if station in (None, number):
-                            enode.receive(data)
-                case Deliver(f_port, frame):
-                    self.san.deliver(self.san.switch.receive(f_port, frame))
-                case LogOut(port_id):
-                    self.ended.append(action)
-                    self.san.deliver(self.san.switch.forget(port_id))
-                case Detach(f_port):
-                    self.ended.append(action)
-                    self.san.deliver(self.san.switch.detach(f_port))
-
-    def tick(self, seconds: float) -> None:
-        self.now += seconds
-        self.do(self.forwarder.tick(self.now))
-
-    def logins(self) -> list[str]:
-        return [str(login.wwpn) for login in self.san.switch.logins()]
 
 
 def logged_in(segment: Segment, number: int = 1, vports: int = 0) -> Enode:

@@ -8,7 +8,8 @@ import pytest
 
 from tests.fabric.san import BLOCK, Initiator, San
 from vhostfc.fabric.recovery import KEPT
-from vhostfc.fabric.target import DATA_TIMEOUT, State
+from vhostfc.fabric.sessions import State
+from vhostfc.fabric.target import DATA_TIMEOUT
 from vhostfc.fc import bls, els
 from vhostfc.fc.els import Explanation, FcpService, LsRjt, Prli, Reason, RecAcc
 from vhostfc.fc.fcp import FcpCmnd, FcpRsp, conf_frame

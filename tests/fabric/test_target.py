@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from tests.fabric.san import BLOCK, NODE, TARGET, Initiator, San, wwpn
-from vhostfc.fabric.target import BURST, MAX_DATA_OUT, Abort, Lost, Manage, State
+from vhostfc.fabric.sessions import Abort, Lost, Manage, State
+from vhostfc.fabric.target import BURST, MAX_DATA_OUT
 from vhostfc.fc import bls, els
 from vhostfc.fc.els import Els, Explanation, FcpService, LsRjt, Reason
 from vhostfc.fc.fcp import FcpCmnd, FcpRsp, FcpXferRdy, ResponseCode, TmFlag, cmnd_frame

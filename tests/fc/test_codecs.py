@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.fc import golden
-from vhostfc.fc import bls, ct, els, fcp
+from vhostfc.fc import bls, ct, els, fcp, ns
 from vhostfc.fc.els import Els, Explanation, Reason
 from vhostfc.fc.frame import MAX_FRAME, Address, FCtl, FcType, Frame, FrameError, RCtl, els_reply, els_request
 from vhostfc.fc.login import Feature, Login
@@ -70,20 +70,20 @@ els_requests = st.one_of(
 )
 names = st.binary(max_size=255)
 ct_requests = st.one_of(
-    st.builds(ct.ByPortId, st.sampled_from([c for c in ct.Ct if c.name.endswith("_ID") and c.name[0] in "GD"]), ids),
-    st.builds(ct.ByPortId, st.just(ct.Ct.GA_NXT), ids),
-    st.builds(ct.ByName, st.sampled_from([ct.Ct.GID_PN, ct.Ct.GID_NN, ct.Ct.GSNN_NN]), wwns),
-    st.builds(ct.ByFc4Type, st.sampled_from([ct.Ct.GID_FT, ct.Ct.GPN_FT, ct.Ct.GNN_FT]), octets, octets, octets),
-    st.builds(ct.GidPt, octets, octets, octets),
-    st.builds(ct.GidFf, octets, octets, octets, octets),
-    st.builds(ct.RpnId, ids, wwns),
-    st.builds(ct.RnnId, ids, wwns),
-    st.builds(ct.RcsId, ids, words),
-    st.builds(ct.RptId, ids, octets),
-    st.builds(ct.RftId, ids, st.frozensets(octets)),
-    st.builds(ct.RffId, ids, octets, octets),
-    st.builds(ct.RspnId, ids, names),
-    st.builds(ct.RsnnNn, wwns, names),
+    st.builds(ns.ByPortId, st.sampled_from([c for c in ct.Ct if c.name.endswith("_ID") and c.name[0] in "GD"]), ids),
+    st.builds(ns.ByPortId, st.just(ct.Ct.GA_NXT), ids),
+    st.builds(ns.ByName, st.sampled_from([ct.Ct.GID_PN, ct.Ct.GID_NN, ct.Ct.GSNN_NN]), wwns),
+    st.builds(ns.ByFc4Type, st.sampled_from([ct.Ct.GID_FT, ct.Ct.GPN_FT, ct.Ct.GNN_FT]), octets, octets, octets),
+    st.builds(ns.GidPt, octets, octets, octets),
+    st.builds(ns.GidFf, octets, octets, octets, octets),
+    st.builds(ns.RpnId, ids, wwns),
+    st.builds(ns.RnnId, ids, wwns),
+    st.builds(ns.RcsId, ids, words),
+    st.builds(ns.RptId, ids, octets),
+    st.builds(ns.RftId, ids, st.frozensets(octets)),
+    st.builds(ns.RffId, ids, octets, octets),
+    st.builds(ns.RspnId, ids, names),
+    st.builds(ns.RsnnNn, wwns, names),
 )
 cdbs = st.integers(4, 65).flatmap(lambda n: st.binary(min_size=4 * n, max_size=4 * n))
 cmnds = st.builds(
@@ -118,20 +118,20 @@ def test_a_real_els_request_is_read_and_written_unchanged(name: str) -> None:
 @pytest.mark.parametrize("name", ["RNN_ID", "RSNN_NN", "RSPN_ID", "RFT_ID", "RFF_ID", "GPN_FT"])
 def test_a_real_name_server_request_is_read_and_written_unchanged(name: str) -> None:
     frame = Frame.unpack(golden.ALL[name])
-    request = ct.parse_request(frame.payload)
+    request = ns.parse_request(frame.payload)
 
     assert ct.ct_request(frame.s_id, frame.d_id, frame.ox_id, request.pack()).pack() == golden.ALL[name]
 
 
 def test_what_linux_registers() -> None:
-    def read(name: str) -> ct.Request:
-        return ct.parse_request(Frame.unpack(golden.ALL[name]).payload)
+    def read(name: str) -> ns.Request:
+        return ns.parse_request(Frame.unpack(golden.ALL[name]).payload)
 
-    assert read("RNN_ID") == ct.RnnId(0x010200, Wwn.parse("10:00:52:54:00:12:34:56"))
-    assert read("RSPN_ID") == ct.RspnId(0x010200, b"fcoe v0.1 over eth0")
-    assert read("RFT_ID") == ct.RftId(0x010200, frozenset({FcType.FCP, FcType.CT}))
-    assert read("RFF_ID") == ct.RffId(0x010200, ct.Fc4Feature.INITIATOR)
-    assert read("GPN_FT") == ct.ByFc4Type(ct.Ct.GPN_FT)
+    assert read("RNN_ID") == ns.RnnId(0x010200, Wwn.parse("10:00:52:54:00:12:34:56"))
+    assert read("RSPN_ID") == ns.RspnId(0x010200, b"fcoe v0.1 over eth0")
+    assert read("RFT_ID") == ns.RftId(0x010200, frozenset({FcType.FCP, FcType.CT}))
+    assert read("RFF_ID") == ns.RffId(0x010200, ns.Fc4Feature.INITIATOR)
+    assert read("GPN_FT") == ns.ByFc4Type(ct.Ct.GPN_FT)
 
 
 def test_replies_of_a_real_fabric() -> None:
@@ -144,7 +144,7 @@ def test_replies_of_a_real_fabric() -> None:
 
     ports = ct.CtIu.unpack(Frame.unpack(golden.GPN_FT_ACC).payload)
     assert ports.accepted
-    assert ct.unpack_port_names(ports.body) == [
+    assert ns.unpack_port_names(ports.body) == [
         (0x01FE01, Wwn(0x5001000000000101)),
         (0x01FE02, Wwn(0x5001000000000102)),
         (0x010200, Wwn(0x2000525400123456)),
@@ -282,16 +282,16 @@ def test_the_accept_of_flogi_goes_to_the_new_address() -> None:
 
 
 @given(ct_requests)
-def test_ct_requests_round_trip(request_: ct.Request) -> None:
-    assert ct.parse_request(request_.pack()) == request_
+def test_ct_requests_round_trip(request_: ns.Request) -> None:
+    assert ns.parse_request(request_.pack()) == request_
 
 
 @given(st.sampled_from(list(ct.Ct)), st.binary(max_size=60))
 def test_any_body_is_a_ct_request_or_deserves_a_reject(code: ct.Ct, body: bytes) -> None:
     reason: int = ct.Reason.INVALID_SIZE
     try:
-        request = ct.parse_request(ct.CtIu(code, body).pack())
-        assert ct.parse_request(request.pack()) == request
+        request = ns.parse_request(ct.CtIu(code, body).pack())
+        assert ns.parse_request(request.pack()) == request
     except ct.CtError as error:
         reason = error.reason
     assert reason in (ct.Reason.INVALID_SIZE, ct.Reason.NOT_SUPPORTED)
@@ -308,26 +308,26 @@ def test_any_body_is_a_ct_request_or_deserves_a_reject(code: ct.Ct, body: bytes)
 )
 def test_a_ct_request_that_cannot_be_read_says_why(payload: bytes, reason: ct.Reason) -> None:
     with pytest.raises(ct.CtError) as caught:
-        ct.parse_request(payload)
+        ns.parse_request(payload)
 
     assert caught.value.reason == reason
 
 
 @given(st.lists(st.tuples(ids, wwns), min_size=1, max_size=40))
 def test_lists_of_ports_round_trip(ports: list[tuple[int, Wwn]]) -> None:
-    assert ct.unpack_port_names(ct.pack_port_names(ports)) == ports
+    assert ns.unpack_port_names(ns.pack_port_names(ports)) == ports
     only_ids = [port_id for port_id, _ in ports]
-    assert ct.unpack_port_ids(ct.pack_port_ids(only_ids)) == only_ids
+    assert ns.unpack_port_ids(ns.pack_port_ids(only_ids)) == only_ids
 
 
 def test_a_list_without_a_last_entry_is_refused() -> None:
     with pytest.raises(FrameError, match="last"):
-        ct.unpack_port_names(bytes(32))
+        ns.unpack_port_names(bytes(32))
 
 
-@given(st.builds(ct.PortEntry, ids, wwns, wwns, st.frozensets(octets), names, names, wwns, octets, words))
-def test_port_entries_round_trip(entry: ct.PortEntry) -> None:
-    assert ct.PortEntry.unpack(entry.pack()) == entry
+@given(st.builds(ns.PortEntry, ids, wwns, wwns, st.frozensets(octets), names, names, wwns, octets, words))
+def test_port_entries_round_trip(entry: ns.PortEntry) -> None:
+    assert ns.PortEntry.unpack(entry.pack()) == entry
 
 
 @given(cmnds, words)
@@ -411,7 +411,7 @@ def test_an_abort_and_its_answer_name_the_same_exchange() -> None:
 @pytest.mark.parametrize("body", [b"", b"\x05abc"])
 def test_a_symbolic_name_that_is_shorter_than_it_says_is_an_error(body: bytes) -> None:
     with pytest.raises(FrameError, match="a name of"):
-        ct.unpack_symbolic_name(body)
+        ns.unpack_symbolic_name(body)
 
 
 @given(st.builds(els.RnidAcc, wwns, wwns, words, words, words, st.just(b"vendor")) | st.builds(els.RnidAcc, wwns, wwns))

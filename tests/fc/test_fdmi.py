@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vhostfc.fc import ct, fdmi
+from vhostfc.fc import ct, fdmi, ns
 from vhostfc.fc.ct import CtError, CtIu, Reason
 from vhostfc.fc.fdmi import Explanation, Fdmi, HbaAttribute, PortAttribute
 from vhostfc.fc.frame import FrameError
@@ -74,7 +74,7 @@ def test_what_libfc_takes_back(command: Fdmi) -> None:
         (preamble(0x0310), Reason.INVALID_SIZE, 0),
         (preamble(0x0210) + PORT.pack(), Reason.INVALID_SIZE, 0),
         (preamble(0x0120) + PORT.pack(), Reason.NOT_SUPPORTED, 0),
-        (ct.ByFc4Type(ct.Ct.GPN_FT).pack(), Reason.NOT_SUPPORTED, 0),
+        (ns.ByFc4Type(ct.Ct.GPN_FT).pack(), Reason.NOT_SUPPORTED, 0),
     ],
 )
 def test_what_is_no_request(payload: bytes, reason: int, explanation: int) -> None:

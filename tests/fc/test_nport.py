@@ -6,7 +6,7 @@ import pytest
 
 from tests.fc.conftest import ARRAY, WWNN, WWPN, Pair
 from tests.fc.tiny import FABRIC_NAME, lun
-from vhostfc.fc import bls, ct, els
+from vhostfc.fc import bls, ct, els, ns
 from vhostfc.fc.discovery import Discovered, TopologyChanged
 from vhostfc.fc.els import Els, Explanation, Reason
 from vhostfc.fc.frame import Address, FcType, Frame, RCtl, els_request
@@ -49,10 +49,10 @@ def test_login_registers_and_finds_the_units(pair: Pair) -> None:
 def test_what_is_registered(pair: Pair) -> None:
     pair.up()
 
-    assert ct.RnnId(0x010101, WWNN) in pair.fabric.asked
-    assert ct.RspnId(0x010101, b"vm1") in pair.fabric.asked
-    assert ct.RftId(0x010101, frozenset({FcType.FCP, FcType.CT})) in pair.fabric.asked
-    assert ct.RffId(0x010101, ct.Fc4Feature.INITIATOR) in pair.fabric.asked
+    assert ns.RnnId(0x010101, WWNN) in pair.fabric.asked
+    assert ns.RspnId(0x010101, b"vm1") in pair.fabric.asked
+    assert ns.RftId(0x010101, frozenset({FcType.FCP, FcType.CT})) in pair.fabric.asked
+    assert ns.RffId(0x010101, ns.Fc4Feature.INITIATOR) in pair.fabric.asked
     assert els.Scr(els.ScrFunction.FULL) in pair.fabric.asked
 
 

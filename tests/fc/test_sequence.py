@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.fc import golden
-from vhostfc.fc import ct
+from vhostfc.fc import ct, ns
 from vhostfc.fc.frame import FCtl, Frame, FrameError
 from vhostfc.fc.sequence import DataBuffer, Reassembly, ct_reply, data_payload, initiator_data, target_data
 from vhostfc.fc.wwn import Wwn
@@ -60,7 +60,7 @@ def test_more_data_than_there_is_room_for_is_counted_and_dropped() -> None:
 
 def test_a_long_list_travels_in_many_frames() -> None:
     ports = [(number, Wwn(number)) for number in range(1, 300)]
-    payload = ct.accept(ct.pack_port_names(ports)).pack()
+    payload = ct.accept(ns.pack_port_names(ports)).pack()
     frames = list(ct_reply(CMND, payload))
     assert len(frames) == 3
     assert [frame.ends_sequence for frame in frames] == [False, False, True]
@@ -69,7 +69,7 @@ def test_a_long_list_travels_in_many_frames() -> None:
     parts = [whole.add(frame) for frame in frames]
 
     assert parts == [None, None, payload]
-    assert ct.unpack_port_names(ct.CtIu.unpack(payload).body) == ports
+    assert ns.unpack_port_names(ct.CtIu.unpack(payload).body) == ports
 
 
 def test_a_sequence_with_a_hole_is_refused() -> None:

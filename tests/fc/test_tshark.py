@@ -12,7 +12,7 @@ import pytest
 
 from tests.fc.conftest import Pair
 from tests.fc.tiny import INVALID_OPCODE, lun
-from vhostfc.fc import ct, els
+from vhostfc.fc import ct, els, ns
 from vhostfc.fc.els import Els
 from vhostfc.fc.fcp import FcpCmnd, FcpRsp, ResponseCode, TmFlag, cmnd_frame, conf_frame, rsp_frame
 from vhostfc.fc.frame import Frame, els_reply, els_request
@@ -102,10 +102,10 @@ def test_wireshark_reads_our_session(session: Pair, tmp_path: Path) -> None:
 def test_wireshark_reads_the_rest(tmp_path: Path) -> None:
     """Structures that no session of ours has."""
     request = els_request(0x010101, 0x01FE01, 1, els.Rec(0x010101, 2, 3).pack())
-    entry = ct.PortEntry(0x010101, Wwn(0x5001438000000002), Wwn(0x5001438000000003), frozenset({8}), b"port", b"node")
-    query = ct.ct_request(0x010101, 0xFFFFFC, 2, ct.ByPortId(ct.Ct.GA_NXT, 1).pack())
-    by_type = ct.ct_request(0x010101, 0xFFFFFC, 3, ct.ByFc4Type(ct.Ct.GID_FT).pack())
-    name = ct.ct_request(0x010101, 0xFFFFFC, 4, ct.ByPortId(ct.Ct.GPN_ID, 0x010101).pack())
+    entry = ns.PortEntry(0x010101, Wwn(0x5001438000000002), Wwn(0x5001438000000003), frozenset({8}), b"port", b"node")
+    query = ct.ct_request(0x010101, 0xFFFFFC, 2, ns.ByPortId(ct.Ct.GA_NXT, 1).pack())
+    by_type = ct.ct_request(0x010101, 0xFFFFFC, 3, ns.ByFc4Type(ct.Ct.GID_FT).pack())
+    name = ct.ct_request(0x010101, 0xFFFFFC, 4, ns.ByPortId(ct.Ct.GPN_ID, 0x010101).pack())
     rejection = els.LsRjt(els.Reason.LOGICAL_ERROR, els.Explanation.INVALID_PORT_NAME)
     node = els.RnidAcc(Wwn(0x5001438000000002), Wwn(0x5001438000000003), els.AssociatedType.SWITCH, 7, 1, b"vendor")
     prlo = els.Prli((els.PrliPage(8),), Els.PRLO)
@@ -123,7 +123,7 @@ def test_wireshark_reads_the_rest(tmp_path: Path) -> None:
             query,
             *ct_reply(query, ct.accept(entry.pack()).pack()),
             by_type,
-            *ct_reply(by_type, ct.accept(ct.pack_port_ids([1, 2, 3])).pack()),
+            *ct_reply(by_type, ct.accept(ns.pack_port_ids([1, 2, 3])).pack()),
             name,
             *ct_reply(name, ct.reject(ct.Reason.UNABLE_TO_PERFORM, ct.Explanation.PORT_ID_NOT_REGISTERED).pack()),
             Frame(7, 0x010101, 0x01FE01, 8, 0x980000, 9, payload=FcpRsp(code=ResponseCode.REJECTED).pack()),

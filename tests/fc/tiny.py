@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-from vhostfc.fc import bls, ct, els
+from vhostfc.fc import bls, ct, els, ns
 from vhostfc.fc.els import Els
 from vhostfc.fc.fcp import FcpCmnd, FcpRsp, FcpXferRdy, ResponseCode, TmFlag, rsp_frame, xfer_rdy_frame
 from vhostfc.fc.frame import Address, FcType, Frame, RCtl, els_reply, els_request
@@ -206,7 +206,7 @@ class TinyFabric:
     ports: dict[int, Wwn] = field(default_factory=dict)
     given: dict[Wwn, int] = field(default_factory=dict)
     registered: set[int] = field(default_factory=set)
-    asked: list[ct.Request | els.Request] = field(default_factory=list)
+    asked: list[ns.Request | els.Request] = field(default_factory=list)
     log: list[Frame] = field(default_factory=list)
     r_a_tov: int = 10000
 
@@ -254,7 +254,7 @@ class TinyFabric:
             yield els_reply(frame, els.LS_ACC)
 
     def _name_server(self, frame: Frame) -> Iterable[Frame]:
-        request = ct.parse_request(frame.payload)
+        request = ns.parse_request(frame.payload)
         self.asked.append(request)
         code = ct.CtIu.unpack(frame.payload).code
         if code in self.deaf:
@@ -263,7 +263,7 @@ class TinyFabric:
         if code == ct.Ct.GPN_FT:
             ports = [(target.port_id, target.wwpn) for target in self.targets if target.listed]
             ports.append((frame.s_id, self.ports[frame.s_id]))  # the caller too, as real ones do
-            iu = ct.accept(ct.pack_port_names(ports))
+            iu = ct.accept(ns.pack_port_names(ports))
         yield from ct_reply(frame, iu.pack(), limit=512)
 
     def rscn(self, to: int, *about: int) -> Frame:

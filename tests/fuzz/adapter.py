@@ -10,7 +10,7 @@ from tests.fc.conftest import Pair
 from tests.fc.tiny import lun
 from tests.fuzz.frames import linux
 from tests.fuzz.target import Target, attempt, script, steps, whole
-from vhostfc.fc import ct, els
+from vhostfc.fc import ct, els, ns
 from vhostfc.fc.frame import FcType, Frame, RCtl, els_request
 from vhostfc.fc.login import Login
 from vhostfc.fc.nport import LocalState
@@ -74,7 +74,7 @@ def _nport_seeds() -> Iterator[bytes]:
         yield b"\0" + script((1, frame))
         yield b"\xff" + script((1, frame), (3, bytes(40)))
     answers = [els.LS_ACC, els.LsRjt(9).pack(), Login.plogi(name, name, accept=True).pack()]
-    answers += [ct.accept(ct.pack_port_names([(0x01FE02, name)])).pack(), ct.reject(9, 7).pack()]
+    answers += [ct.accept(ns.pack_port_names([(0x01FE02, name)])).pack(), ct.reject(9, 7).pack()]
     for payload in answers:
         for r_ctl, kind in ((RCtl.ELS_REPLY, FcType.ELS), (RCtl.DATA_SOLICITED_CONTROL, FcType.CT)):
             frame = Frame(r_ctl, 0, 0, kind, 0x990000, 0, payload=payload).pack()

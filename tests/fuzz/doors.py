@@ -11,13 +11,14 @@ from collections.abc import Iterator
 
 from tests.fabric.enode import Enode
 from tests.fabric.san import Initiator, wwpn
+from tests.fabric.segment import FCF, Segment
 from tests.fc.tiny import lun
 from tests.fuzz.frames import linux
 from tests.fuzz.lab import GOOD, Lab
 from tests.fuzz.target import Step, Target, script, steps, whole
-from vhostfc.fabric.fcf import MAX_ENODES, Action, Deliver, Detach, Forwarder, LogOut, Send
+from vhostfc.fabric.fcf import MAX_ENODES
 from vhostfc.fabric.zoning import Zone, Zoning
-from vhostfc.fc import bls, ct, els, fcoe, fdmi, fip
+from vhostfc.fc import bls, ct, els, fcoe, fdmi, fip, ns
 from vhostfc.fc.els import Els
 from vhostfc.fc.fcoe import Ethernet, encapsulate
 from vhostfc.fc.fcp import FcpCmnd, TmFlag, cmnd_frame
@@ -109,21 +110,21 @@ def _requests(me: int = 0x010200, target: int = 0x01FE01) -> Iterator[tuple[int,
     ]
     for number, (address, request) in enumerate(well_known):
         yield AS_ME, els_request(me, address, 0x100 + number, request.pack())
-    queries: list[ct.Request] = [
-        ct.ByPortId(ct.Ct.GA_NXT, me),
-        ct.ByPortId(ct.Ct.GPN_ID, me),
-        ct.ByPortId(ct.Ct.DA_ID, me),
-        ct.ByName(ct.Ct.GSNN_NN, name),
-        ct.ByFc4Type(ct.Ct.GPN_FT),
-        ct.GidPt(),
-        ct.GidFf(3),
-        ct.RnnId(me, name),
-        ct.RcsId(me),
-        ct.RptId(me),
-        ct.RftId(me, frozenset({8})),
-        ct.RffId(me, 3),
-        ct.RspnId(me, b"port"),
-        ct.RsnnNn(name, b"node"),
+    queries: list[ns.Request] = [
+        ns.ByPortId(ct.Ct.GA_NXT, me),
+        ns.ByPortId(ct.Ct.GPN_ID, me),
+        ns.ByPortId(ct.Ct.DA_ID, me),
+        ns.ByName(ct.Ct.GSNN_NN, name),
+        ns.ByFc4Type(ct.Ct.GPN_FT),
+        ns.GidPt(),
+        ns.GidFf(3),
+        ns.RnnId(me, name),
+        ns.RcsId(me),
+        ns.RptId(me),
+        ns.RftId(me, frozenset({8})),
+        ns.RffId(me, 3),
+        ns.RspnId(me, b"port"),
+        ns.RsnnNn(name, b"node"),
     ]
     for number, query in enumerate(queries):
         yield AS_ME, ct.ct_request(me, Address.DIRECTORY_SERVER, 0x200 + number, query.pack())
@@ -202,58 +203,31 @@ def _switch(data: bytes) -> None:
 
 # ---------------------------------------------------------------- the FCF
 
-FCF = bytes.fromhex("020000000001")
 
-
-class FcfDoor:
+class FcfDoor(Segment):
     """A segment with two stations: an attacker who has logged in, with a vport, and later one that behaves."""
 
     def __init__(self) -> None:
         self.lab = Lab()
-        self.now = 1000.0
-        self.forwarder = Forwarder("a segment", self.lab.switch.attach, name=wwpn(9), fabric=wwpn(9), mac=FCF)
-        self.enodes: dict[int, Enode] = {}
+        super().__init__(self.lab)
         self.deaf: Enode | None = None
         self.bad = self.join(1, wwpn(1))
         self.bad.login(wwpn(3), fdisc=True)
         self.settle()
 
     def join(self, number: int, name: Wwn) -> Enode:
-        enode = self.enodes[number] = Enode(number)
-        enode.solicit()
-        self.settle()
+        enode = self.enode(number)
         enode.login(name)
         self.settle()
         return enode
 
-    def settle(self) -> None:
-        while any(enode.out for enode in self.enodes.values()):
-            for number, enode in self.enodes.items():
-                while enode.out:
-                    self.come(number, enode.out.pop(0))
-
-    def come(self, station: int, data: bytes) -> None:
-        self.do(self.forwarder.receive(station, data, self.now))
+    def forward(self) -> None:
         self.lab.run()
-        for port in list(self.lab.inbox):
-            for what in self.lab.inbox.pop(port):
-                if isinstance(what, bytes) and (send := self.forwarder.output(port, what, self.now)):
-                    self.do([send])
+        super().forward()
 
-    def do(self, actions: list[Action]) -> None:
-        for action in actions:
-            match action:
-                case Send(station, data):
-                    assert len(data) <= fcoe.MAX_ETHERNET
-                    for number, enode in self.enodes.items():
-                        if station in {None, number} and enode is not self.deaf:
-                            enode.receive(data)
-                case Deliver(f_port, frame):
-                    self.lab.deliver(self.lab.switch.receive(f_port, frame))
-                case LogOut(port_id):
-                    self.lab.deliver(self.lab.switch.forget(port_id))
-                case Detach(f_port):
-                    self.lab.deliver(self.lab.switch.detach(f_port))
+    def hear(self, enode: Enode, data: bytes) -> None:
+        if enode is not self.deaf:
+            super().hear(enode, data)
 
     def play(self, data: bytes) -> None:
         first, *others = self.bad.ports
@@ -272,8 +246,7 @@ class FcfDoor:
                     pdu = encapsulate(bytes(raw))
                     self.come(1, Ethernet(FCF, fcoe.fpma(fcoe.FC_MAP, port_id), fcoe.ETHERTYPE_FCOE, pdu).pack())
                 case 4:
-                    self.now += len(step.data) / 4
-                    self.do(self.forwarder.tick(self.now))
+                    self.tick(len(step.data) / 4)
                 case _:
                     self.come(3, step.data)  # from another station
             self.check(count)

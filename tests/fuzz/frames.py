@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 from tests.fc import golden, pcap
 from tests.fuzz.target import Cases, Packable, attempt, same
-from vhostfc.fc import bls, ct, els, fcoe, fcp, fdmi, fip
+from vhostfc.fc import bls, ct, els, fcoe, fcp, fdmi, fip, ns
 from vhostfc.fc.els import Els
 from vhostfc.fc.frame import FcType, Frame, FrameError, RCtl
 from vhostfc.fc.login import Login
 from vhostfc.fc.sequence import DataBuffer, Reassembly, data_frames
 from vhostfc.fc.wwn import Wwn
+
+T = TypeVar("T")
 
 ME, PEER = Wwn(0x5001_4380_0000_0002), Wwn(0x5006_0160_0000_0001)
 
@@ -23,6 +26,16 @@ def _codec(decode: Callable[[bytes], Packable]) -> Callable[[bytes], None]:
         value = attempt(lambda: decode(data), FrameError)
         if value is not None:
             same(value, decode)
+
+    return run
+
+
+def _pair(decode: Callable[[bytes], T], encode: Callable[[T], bytes]) -> Callable[[bytes], None]:
+    """A decoder and the encoder of what it gives."""
+
+    def run(data: bytes) -> None:
+        value = attempt(lambda: decode(data), FrameError)
+        assert value is None or decode(encode(value)) == value
 
     return run
 
@@ -172,9 +185,9 @@ ELS = Cases(
 
 
 def _ct_request(data: bytes) -> None:
-    request = attempt(lambda: ct.parse_request(data), FrameError)
+    request = attempt(lambda: ns.parse_request(data), FrameError)
     if request is not None:
-        same(request, ct.parse_request)
+        same(request, ns.parse_request)
 
 
 def _fdmi_request(data: bytes) -> None:
@@ -186,55 +199,30 @@ def _fdmi_request(data: bytes) -> None:
         same(request, parse)
 
 
-def _fdmi_names(data: bytes) -> None:
-    names = attempt(lambda: fdmi.unpack_names(data), FrameError)
-    assert names is None or fdmi.unpack_names(fdmi.pack_names(names)) == names
-
-
-def _port_ids(data: bytes) -> None:
-    ports = attempt(lambda: ct.unpack_port_ids(data), FrameError)
-    assert ports is None or ct.unpack_port_ids(ct.pack_port_ids(ports)) == ports
-
-
-def _port_names(data: bytes) -> None:
-    ports = attempt(lambda: ct.unpack_port_names(data), FrameError)
-    assert ports is None or ct.unpack_port_names(ct.pack_port_names(ports)) == ports
-
-
-def _features(data: bytes) -> None:
-    features = attempt(lambda: ct.unpack_features(data), FrameError)
-    assert features is None or ct.unpack_features(ct.pack_features(features)) == features
-
-
-def _symbolic(data: bytes) -> None:
-    name = attempt(lambda: ct.unpack_symbolic_name(data), FrameError)
-    assert name is None or ct.unpack_symbolic_name(ct.pack_symbolic_name(name)) == name
-
-
 def _ct_seeds() -> Iterator[tuple[str, bytes]]:
     codes = ct.Ct
-    requests: list[ct.Request] = [
-        *(ct.ByPortId(code, 0x010200) for code in (codes.GA_NXT, codes.GPN_ID, codes.GFF_ID, codes.DA_ID)),
-        *(ct.ByName(code, ME) for code in (codes.GID_PN, codes.GID_NN, codes.GSNN_NN)),
-        *(ct.ByFc4Type(code, 8, 1, 2) for code in (codes.GID_FT, codes.GPN_FT, codes.GNN_FT)),
-        ct.GidPt(),
-        ct.GidFf(3),
-        ct.RpnId(0x010200, ME),
-        ct.RnnId(0x010200, ME),
-        ct.RcsId(0x010200),
-        ct.RptId(0x010200),
-        ct.RftId(0x010200, frozenset({8, 0x20})),
-        ct.RffId(0x010200, 2),
-        ct.RspnId(0x010200, b"port"),
-        ct.RsnnNn(ME, b"node"),
+    requests: list[ns.Request] = [
+        *(ns.ByPortId(code, 0x010200) for code in (codes.GA_NXT, codes.GPN_ID, codes.GFF_ID, codes.DA_ID)),
+        *(ns.ByName(code, ME) for code in (codes.GID_PN, codes.GID_NN, codes.GSNN_NN)),
+        *(ns.ByFc4Type(code, 8, 1, 2) for code in (codes.GID_FT, codes.GPN_FT, codes.GNN_FT)),
+        ns.GidPt(),
+        ns.GidFf(3),
+        ns.RpnId(0x010200, ME),
+        ns.RnnId(0x010200, ME),
+        ns.RcsId(0x010200),
+        ns.RptId(0x010200),
+        ns.RftId(0x010200, frozenset({8, 0x20})),
+        ns.RffId(0x010200, 2),
+        ns.RspnId(0x010200, b"port"),
+        ns.RsnnNn(ME, b"node"),
     ]
     for request in requests:
         yield "request", request.pack()
     yield "unit", ct.reject(ct.Reason.UNABLE_TO_PERFORM, ct.Explanation.DATABASE_EMPTY).pack()
-    yield "ids", ct.pack_port_ids([1, 2, 3])
-    yield "names", ct.pack_port_names([(1, ME), (2, PEER)])
-    yield "features", ct.pack_features({8: 2, 0x28: 3})
-    yield "symbolic", ct.pack_symbolic_name(b"name")
+    yield "ids", ns.pack_port_ids([1, 2, 3])
+    yield "names", ns.pack_port_names([(1, ME), (2, PEER)])
+    yield "features", ns.pack_features({8: 2, 0x28: 3})
+    yield "symbolic", ns.pack_symbolic_name(b"name")
     yield "fdmi names", fdmi.pack_names((ME, PEER))
     attributes: dict[int, bytes] = {
         fdmi.HbaAttribute.MODEL: b"model".ljust(64, b"\0"),
@@ -249,20 +237,20 @@ def _ct_seeds() -> Iterator[tuple[str, bytes]]:
     ]
     for registration in registrations:
         yield "fdmi request", registration.pack()
-    yield "entry", ct.PortEntry(1, ME, PEER, frozenset({8}), b"port", b"node").pack()
+    yield "entry", ns.PortEntry(1, ME, PEER, frozenset({8}), b"port", b"node").pack()
 
 
 CT = Cases(
     {
         "request": _ct_request,
         "unit": _codec(ct.CtIu.unpack),
-        "ids": _port_ids,
-        "names": _port_names,
-        "features": _features,
-        "symbolic": _symbolic,
-        "entry": _codec(ct.PortEntry.unpack),
+        "ids": _pair(ns.unpack_port_ids, ns.pack_port_ids),
+        "names": _pair(ns.unpack_port_names, ns.pack_port_names),
+        "features": _pair(ns.unpack_features, ns.pack_features),
+        "symbolic": _pair(ns.unpack_symbolic_name, ns.pack_symbolic_name),
+        "entry": _codec(ns.PortEntry.unpack),
         "fdmi request": _fdmi_request,
-        "fdmi names": _fdmi_names,
+        "fdmi names": _pair(fdmi.unpack_names, fdmi.pack_names),
     },
     _ct_seeds,
 )
@@ -291,12 +279,6 @@ FCP = Cases(
 )
 
 # ---------------------------------------------------------------- FCoE and FIP
-
-
-def _pdu(data: bytes) -> None:
-    frame = attempt(lambda: fcoe.decapsulate(data), FrameError)
-    if frame is not None:
-        assert fcoe.decapsulate(fcoe.encapsulate(frame)) == frame
 
 
 def _pdu_of(data: bytes) -> None:
@@ -334,6 +316,11 @@ def _fcoe_seeds() -> Iterator[tuple[str, bytes]]:
 
 
 FCOE = Cases(
-    {"pdu": _pdu, "frame": _pdu_of, "ethernet": _codec(fcoe.Ethernet.unpack), "fip": _codec(fip.Fip.unpack)},
+    {
+        "pdu": _pair(fcoe.decapsulate, fcoe.encapsulate),
+        "frame": _pdu_of,
+        "ethernet": _codec(fcoe.Ethernet.unpack),
+        "fip": _codec(fip.Fip.unpack),
+    },
     _fcoe_seeds,
 )

@@ -13,13 +13,13 @@ from tests.scsi.conftest import Medium
 from vhostfc.fabric.gathering import AT_ONCE
 from vhostfc.fabric.management import MAX_BYTES
 from vhostfc.fabric.recovery import KEPT
-from vhostfc.fabric.target import Abort, Exchange, Lost, Manage, Opened, Untold
+from vhostfc.fabric.sessions import FUNCTIONS, Abort, Exchange, Lost, Manage, Opened, Untold
 from vhostfc.fc import els
 from vhostfc.fc.fcp import FcpCmnd, ResponseCode, TmFlag
 from vhostfc.fc.sequence import initiator_data
 from vhostfc.scsi.sense import attention_in
 from vhostfc.scsi.server import DeviceServer
-from vhostfc.scsi.task import Background, Effect, MediumError, ScsiResult, Task, TaskManagement
+from vhostfc.scsi.task import Background, Effect, MediumError, ScsiResult, Task
 from vhostfc.scsi.unit import LogicalUnit
 
 R = TypeVar("R")
@@ -27,13 +27,6 @@ R = TypeVar("R")
 #: The port that behaves, to which alone unit 1 is shown.
 GOOD = 2
 _MOST_FRAMES = 4096
-_FUNCTIONS = {
-    TmFlag.ABORT_TASK_SET: TaskManagement.ABORT_TASK_SET,
-    TmFlag.CLEAR_TASK_SET: TaskManagement.CLEAR_TASK_SET,
-    TmFlag.LOGICAL_UNIT_RESET: TaskManagement.LOGICAL_UNIT_RESET,
-    TmFlag.TARGET_RESET: TaskManagement.LOGICAL_UNIT_RESET,
-    TmFlag.CLEAR_ACA: TaskManagement.CLEAR_ACA,
-}
 
 
 class Lab(San):
@@ -78,7 +71,7 @@ class Lab(San):
 
     def _manage(self, exchange: Exchange) -> None:
         server = self._server(exchange)
-        function = _FUNCTIONS.get(TmFlag(exchange.cmnd.tm_flags))
+        function = FUNCTIONS.get(TmFlag(exchange.cmnd.tm_flags))
         if function is not None:
             self._drive(server, server.manage(exchange.session.nexus, function))
         for frame in exchange.target.respond(exchange, ResponseCode.COMPLETE if function else ResponseCode.REJECTED):

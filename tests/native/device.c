@@ -112,10 +112,26 @@ void device_give(unsigned file, const struct sg_io_hdr *header)
 	CHECK_EQUAL(write(device.ends[file], header, sizeof(*header)), sizeof(*header));
 }
 
+void device_serve(void)
+{
+	unsigned file;
+	struct sg_io_hdr header = device_take(&file);
+
+	device_give(file, &header);
+	drive_wait(&device.ring);
+}
+
 void device_await(uint32_t count)
 {
 	while (vfc_credits_used(device.own) != count)
 		guest_ping(&device.guest, 0);
+}
+
+void device_stop_and_start(uint32_t ms)
+{
+	drive_stop(&device.ring, ms);
+	drive_close(&device.ring);
+	drive_open(&device.ring, &device.guest, 2, VFC_RING_REQUEST, 256, 0);
 }
 
 struct request device_command(unsigned slot, const uint8_t *cdb, uint32_t out, uint32_t in)

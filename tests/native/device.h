@@ -47,9 +47,13 @@ struct sg_io_hdr device_take(unsigned *ret_file);
 /* Whether one comes within so many ms. */
 bool device_any(int ms);
 void device_give(unsigned file, const struct sg_io_hdr *header);
+/* The next command is done, well, and its driver has the answer. */
+void device_serve(void);
 /* Until the kernel has so many. */
 void device_await(uint32_t count);
 
+/* Stops the ring, what is in flight has so many ms, and starts it anew. */
+void device_stop_and_start(uint32_t ms);
 struct request device_command(unsigned slot, const uint8_t *cdb, uint32_t out, uint32_t in);
 
 #endif

@@ -10,30 +10,8 @@
 #include "latch.h"
 #include "load.h"
 #include "medium.h"
+#include "one.h"
 #include "worker.h"
-
-static struct guest guest;
-static struct driver ring;
-static struct unit unit;
-
-static void begin(uint32_t kind, uint32_t flags)
-{
-	struct guest_options options = { .flags = flags };
-
-	guest_open(&guest, &options);
-	unit_open(&unit, kind, 4096, 2);
-	CHECK_EQUAL(guest_route(&guest, 0, unit.medium, VFC_FINISH).result, 0);
-	drive_open(&ring, &guest, 2, VFC_RING_REQUEST, 64, 0);
-}
-
-static void end(void)
-{
-	CHECK_EQUAL(drive_stop(&ring, 0).result, 0);
-	CHECK_EQUAL(guest_stats(&guest, 0).in_flight, 0);
-	drive_close(&ring);
-	guest_close(&guest);
-	unit_close(&unit);
-}
 
 static struct vfc_latch *open_latch(void)
 {
@@ -104,7 +82,7 @@ static void killed_holder(uint32_t kind, uint32_t flags)
 	CHECK_EQUAL(waitpid(child, &status, 0), child);
 	unit_close(&unit);
 
-	begin(kind, flags);
+	one_begin(kind, flags);
 	latch = open_latch();
 	CHECK_EQUAL(vfc_latch_take(latch, 9, 0, 4096, NULL), 0);
 	request = request_rw(&ring, 0, OP_WRITE_10, 0, 8);
@@ -124,7 +102,7 @@ static void killed_holder(uint32_t kind, uint32_t flags)
 	vfc_latch_put(latch);
 	close(pipes[0]);
 	close(pipes[1]);
-	end();
+	one_end();
 }
 
 TEST(a_killed_holder_is_recovered) { killed_holder(VFC_MEDIUM_MEMORY, 0); }
@@ -233,7 +211,7 @@ TEST(who_finds_no_place_leaves_writes_to_others)
 	struct vfc_latch *latch;
 	struct vfc_redo redo;
 
-	begin(VFC_MEDIUM_NULL, 0);
+	one_begin(VFC_MEDIUM_NULL, 0);
 	latch = open_latch();
 	for (uint32_t i = 0; i < VFC_LATCH_PLACES; i++)
 		CHECK(latch_place(latch, 10 + i, 0, &redo));
@@ -259,7 +237,7 @@ TEST(who_holds_a_latch_for_long_is_named)
 	struct request request;
 	struct vfc_event event;
 
-	begin(VFC_MEDIUM_MEMORY, 0);
+	one_begin(VFC_MEDIUM_MEMORY, 0);
 	latch = open_latch();
 	CHECK_EQUAL(vfc_latch_take(latch, 77, 0, 512, NULL), 0);
 	request = request_rw(&ring, 0, OP_READ_10, 0, 1);
@@ -279,7 +257,7 @@ TEST(who_holds_a_latch_for_long_is_named)
 	vfc_latch_free(latch, 2, 0, 512);
 	drive_wait(&ring);
 	vfc_latch_put(latch);
-	end();
+	one_end();
 }
 
 TEST(a_parked_write_goes_on_where_it_was)
@@ -287,7 +265,7 @@ TEST(a_parked_write_goes_on_where_it_was)
 	struct vfc_latch *latch;
 	struct request request;
 
-	begin(VFC_MEDIUM_MEMORY, 0);
+	one_begin(VFC_MEDIUM_MEMORY, 0);
 	latch = open_latch();
 	CHECK_EQUAL(vfc_latch_take(latch, 9, VFC_LATCH_STRIPE, 512, NULL), 0);
 	request = request_rw(&ring, 0, OP_WRITE_10, 0, 256);
@@ -305,7 +283,7 @@ TEST(a_parked_write_goes_on_where_it_was)
 	CHECK_EQUAL(unit.bytes[0], 0x22);
 	CHECK_EQUAL(unit.bytes[VFC_LATCH_STRIPE], 0x11);
 	vfc_latch_put(latch);
-	end();
+	one_end();
 }
 
 /* ---------------------------------------------------------------- torn blocks */
@@ -365,7 +343,7 @@ TEST(a_route_waits_for_what_is_under_way)
 	struct request request;
 	uint64_t seq;
 
-	begin(VFC_MEDIUM_FILE, VFC_ENGINE_NO_URING);
+	one_begin(VFC_MEDIUM_FILE, VFC_ENGINE_NO_URING);
 	gate_close();
 	request = request_rw(&ring, 0, OP_WRITE_10, 0, 1);
 	memset(request_out(&ring, &request), 0x42, 512);
@@ -380,7 +358,7 @@ TEST(a_route_waits_for_what_is_under_way)
 	CHECK_EQUAL(unit.bytes[0], 0x42);
 	CHECK_EQUAL(drive_wait(&ring).head, 0);
 	CHECK_EQUAL(request_response(&ring, &request), S_OK);
-	end();
+	one_end();
 }
 
 static void aborting_route(uint8_t in_flight, uint8_t response, uint8_t status)
@@ -388,7 +366,7 @@ static void aborting_route(uint8_t in_flight, uint8_t response, uint8_t status)
 	struct request request;
 	uint64_t first, second;
 
-	begin(VFC_MEDIUM_FILE, VFC_ENGINE_NO_URING);
+	one_begin(VFC_MEDIUM_FILE, VFC_ENGINE_NO_URING);
 	gate_close();
 	request = request_rw(&ring, 0, OP_WRITE_10, 0, 1);
 	memset(request_out(&ring, &request), 0x42, 512);
@@ -410,7 +388,7 @@ static void aborting_route(uint8_t in_flight, uint8_t response, uint8_t status)
 	CHECK_EQUAL(guest_ack(&guest, 0, second).result, 0);
 	CHECK_EQUAL(unit.bytes[0], 0x42);
 	CHECK(drive_silent(&ring, 0));
-	end();
+	one_end();
 }
 
 TEST(a_route_that_resets) { aborting_route(VFC_ABORT_RESET, S_RESET, 0); }
@@ -422,7 +400,7 @@ TEST(a_route_after_one_that_is_gone_waits_as_well)
 	struct vfc_msg msg = { .kind = VFC_MSG_ROUTE, .route = { .flags = VFC_ROUTE_GONE } };
 	uint64_t first, second;
 
-	begin(VFC_MEDIUM_FILE, VFC_ENGINE_NO_URING);
+	one_begin(VFC_MEDIUM_FILE, VFC_ENGINE_NO_URING);
 	gate_close();
 	request = request_rw(&ring, 0, OP_WRITE_10, 0, 1);
 	request_send(&ring, &request);
@@ -435,7 +413,7 @@ TEST(a_route_after_one_that_is_gone_waits_as_well)
 	guest_ack(&guest, 0, first);
 	guest_ack(&guest, 0, second);
 	drive_wait(&ring);
-	end();
+	one_end();
 }
 
 TEST(an_abandoned_write_keeps_its_latch)
@@ -446,7 +424,7 @@ TEST(an_abandoned_write_keeps_its_latch)
 	struct request request;
 	uint32_t holder;
 
-	begin(VFC_MEDIUM_FILE, VFC_ENGINE_NO_URING);
+	one_begin(VFC_MEDIUM_FILE, VFC_ENGINE_NO_URING);
 	latch = open_latch();
 	gate_close();
 	request = request_rw(&ring, 0, OP_WRITE_10, 0, 1);
@@ -460,7 +438,7 @@ TEST(an_abandoned_write_keeps_its_latch)
 	while (vfc_latch_take(latch, 9, 0, 512, NULL))
 		guest_ping(&guest, 0);
 	vfc_latch_put(latch);
-	end();
+	one_end();
 }
 
 static void parked_route(uint8_t in_flight)
@@ -469,7 +447,7 @@ static void parked_route(uint8_t in_flight)
 	struct request request;
 	uint64_t seq;
 
-	begin(VFC_MEDIUM_MEMORY, 0);
+	one_begin(VFC_MEDIUM_MEMORY, 0);
 	latch = open_latch();
 	CHECK_EQUAL(vfc_latch_take(latch, 9, 0, 512, NULL), 0);
 	request = request_rw(&ring, 0, OP_READ_10, 0, 1);
@@ -491,7 +469,7 @@ static void parked_route(uint8_t in_flight)
 		CHECK_EQUAL(request_response(&ring, &request), S_RESET);
 	}
 	vfc_latch_put(latch);
-	end();
+	one_end();
 }
 
 TEST(a_parked_command_follows_the_new_route) { parked_route(VFC_FINISH); }
@@ -503,7 +481,7 @@ TEST(a_route_does_not_wait_for_punts)
 	struct request request;
 	struct vfc_answer answer = { 0 };
 
-	begin(VFC_MEDIUM_MEMORY, 0);
+	one_begin(VFC_MEDIUM_MEMORY, 0);
 	request = request_make(&ring, 0, reserve, 24, 0);
 	request_send(&ring, &request);
 	answer.handle = guest_event(&guest, 0).handle;
@@ -511,7 +489,7 @@ TEST(a_route_does_not_wait_for_punts)
 	CHECK(drive_silent(&ring, 0));
 	CHECK_EQUAL(vfc_reply(guest.engine, &answer), 0);
 	drive_wait(&ring);
-	end();
+	one_end();
 }
 
 /* Answers what is punted, if there is anything. */
@@ -635,7 +613,7 @@ TEST(abort_and_query_match)
 	struct request request;
 	uint64_t handles[3];
 
-	begin(VFC_MEDIUM_MEMORY, 0);
+	one_begin(VFC_MEDIUM_MEMORY, 0);
 	latch = open_latch();
 	for (unsigned i = 0; i < 3; i++) {
 		send_tagged(i, 0x12, (uint16_t)(i / 2), 100 + i);
@@ -674,5 +652,5 @@ TEST(abort_and_query_match)
 	for (unsigned i = 0; i < 3; i++)
 		drive_wait(&ring);
 	vfc_latch_put(latch);
-	end();
+	one_end();
 }

@@ -229,14 +229,10 @@ TEST(a_stop_does_not_wait_for_a_second_look)
 	header = device_take(&file);
 	header.host_status = 7;
 	device_give(file, &header);
-	drive_stop(&device.ring, 0);
-	drive_close(&device.ring);
-	drive_open(&device.ring, &device.guest, 2, VFC_RING_REQUEST, 256, 0);
+	device_stop_and_start(0);
 	device_await(0);
 	request = device_command(1, a_write, 4096, 0);
-	header = device_take(&file);
-	device_give(file, &header);
-	drive_wait(&device.ring);
+	device_serve();
 	CHECK_EQUAL(request_status(&device.ring, &request), 0);
 	close(device.port_state);
 	device_end();

@@ -11,20 +11,18 @@
 TEST(a_stop_does_not_wait_for_the_kernel)
 {
 	struct request read, write, after;
-	struct sg_io_hdr headers[2], header;
-	unsigned files[2], file;
+	struct sg_io_hdr headers[2];
+	unsigned files[2];
 
 	device_begin(64, 64);
 	read = device_command(0, a_read, 0, 4096);
 	write = device_command(1, a_write, 4096, 0);
 	headers[0] = device_take(&files[0]);
 	headers[1] = device_take(&files[1]);
-	drive_stop(&device.ring, 20);
+	device_stop_and_start(20);
 	CHECK_EQUAL(request_response(&device.ring, &read), S_RESET);
 	CHECK_EQUAL(request_response(&device.ring, &write), S_RESET);
 	CHECK_EQUAL(guest_stats(&device.guest, 0).abandoned, 2);
-	drive_close(&device.ring);
-	drive_open(&device.ring, &device.guest, 2, VFC_RING_REQUEST, 256, 0);
 
 	/* The WRITE may still be carried out: what comes now must not be overtaken by it. */
 	after = device_command(2, a_write, 4096, 0);
@@ -41,28 +39,22 @@ TEST(a_stop_does_not_wait_for_the_kernel)
 	device_await(0);
 	CHECK_EQUAL(((uint8_t *)guest_at(&device.guest, read.in))[0], 0xee);
 	after = device_command(3, a_write, 4096, 0);
-	header = device_take(&file);
-	device_give(file, &header);
-	drive_wait(&device.ring);
+	device_serve();
 	CHECK_EQUAL(request_status(&device.ring, &after), 0);
 	device_end();
 }
 
 TEST(an_sg_read_that_was_given_up_is_in_nobodys_way)
 {
-	struct sg_io_hdr header, next;
-	unsigned file, other;
+	struct sg_io_hdr header;
+	unsigned file;
 
 	device_begin(64, 64);
 	device_command(0, a_read, 0, 4096);
 	header = device_take(&file);
-	drive_stop(&device.ring, 0);
-	drive_close(&device.ring);
-	drive_open(&device.ring, &device.guest, 2, VFC_RING_REQUEST, 256, 0);
+	device_stop_and_start(0);
 	device_command(1, a_write, 512, 0);
-	next = device_take(&other);
-	device_give(other, &next);
-	drive_wait(&device.ring);
+	device_serve();
 	device_give(file, &header);
 	device_await(0);
 	device_end();
@@ -123,24 +115,17 @@ TEST(a_route_that_ends_does_not_wait_for_the_kernel)
 	device_end();
 }
 
-static void stop_and_start(void)
-{
-	drive_stop(&device.ring, 0);
-	drive_close(&device.ring);
-	drive_open(&device.ring, &device.guest, 2, VFC_RING_REQUEST, 256, 0);
-}
-
 TEST(what_was_given_up_outlives_its_route)
 {
 	int old[FILES], *now = device.ends;
 	struct request request;
 	struct sg_io_hdr write, header;
-	unsigned file, other;
+	unsigned file;
 
 	device_begin(64, 64);
 	request = device_command(0, a_write, 4096, 0);
 	write = device_take(&file);
-	stop_and_start();
+	device_stop_and_start(0);
 	CHECK_EQUAL(request_response(&device.ring, &request), S_RESET);
 	device_close_route(VFC_FINISH);
 	CHECK_EQUAL(vfc_credits_used(device.own), 1);
@@ -157,9 +142,7 @@ TEST(what_was_given_up_outlives_its_route)
 	CHECK_EQUAL(send(old[file], &write, sizeof(write), 0), sizeof(write));
 	device_await(0);
 	request = device_command(2, a_write, 4096, 0);
-	header = device_take(&other);
-	device_give(other, &header);
-	drive_wait(&device.ring);
+	device_serve();
 	CHECK_EQUAL(request_status(&device.ring, &request), 0);
 	/* The old files are closed with it. */
 	guest_ping(&device.guest, 0);
@@ -174,7 +157,6 @@ TEST(an_old_device_that_goes_gives_back_what_it_had)
 {
 	int old[FILES];
 	struct request request;
-	struct sg_io_hdr header;
 	unsigned file;
 
 	device_begin(64, 64);
@@ -182,7 +164,7 @@ TEST(an_old_device_that_goes_gives_back_what_it_had)
 	device_command(1, a_read, 0, 4096);
 	device_take(&file);
 	device_take(&file);
-	stop_and_start();
+	device_stop_and_start(0);
 	device_close_route(VFC_FINISH);
 	memcpy(old, device.ends, sizeof(old));
 	device_reopen(1 << 20);
@@ -191,9 +173,7 @@ TEST(an_old_device_that_goes_gives_back_what_it_had)
 		close(old[i]);
 	device_await(0);
 	request = device_command(2, a_write, 512, 0);
-	header = device_take(&file);
-	device_give(file, &header);
-	drive_wait(&device.ring);
+	device_serve();
 	CHECK_EQUAL(request_status(&device.ring, &request), 0);
 	device_end();
 }
@@ -208,7 +188,7 @@ TEST(a_host_counts_what_an_old_route_left)
 	device_begin(64, 2);
 	device_command(0, a_read, 0, 512);
 	header = device_take(&file);
-	stop_and_start();
+	device_stop_and_start(0);
 	device_close_route(VFC_FINISH);
 	memcpy(old, device.ends, sizeof(old));
 	device_reopen(1 << 20);
@@ -238,7 +218,7 @@ TEST(an_engine_ends_whatever_the_kernel_keeps)
 	device_command(1, a_read, 0, 1 << 20);
 	device_take(&file);
 	device_take(&file);
-	stop_and_start();
+	device_stop_and_start(0);
 	device_close_route(VFC_FINISH);
 	device_end();
 }

@@ -4,37 +4,26 @@
 #define _GNU_SOURCE
 #include <errno.h>
 
-#include "harness.h"
+#include "one.h"
 
 #define LOSS (1ull << 32)
 
 static const uint8_t sync_10[16] = { 0x35 }, sync_16[16] = { 0x91 };
 static const uint8_t write_10[16] = { 0x2a, 0, 0, 0, 0, 7, 0, 0, 1 }, write_fua[16] = { 0x2a, 8, 0, 0, 0, 7, 0, 0, 1 };
 
-static struct guest guest;
-static struct driver ring;
-static struct unit unit;
 static struct vfc_latch *latch;
 
 static void begin(uint32_t kind)
 {
-	struct guest_options options = { .flags = VFC_ENGINE_NO_URING };
-
-	guest_open(&guest, &options);
-	unit_open(&unit, kind, 4096, 2);
+	one_begin(kind, VFC_ENGINE_NO_URING);
 	CHECK_EQUAL(vfc_latch_open(unit.latch_fd, &latch), 0);
-	CHECK_EQUAL(guest_route(&guest, 0, unit.medium, VFC_FINISH).result, 0);
-	drive_open(&ring, &guest, 2, VFC_RING_REQUEST, 64, 0);
 }
 
 static void end(void)
 {
 	atomic_store(&harness_sync_error, 0);
-	CHECK_EQUAL(drive_stop(&ring, 0).result, 0);
-	drive_close(&ring);
-	guest_close(&guest);
 	vfc_latch_put(latch);
-	unit_close(&unit);
+	one_end();
 }
 
 static struct request run(const uint8_t *cdb, uint32_t out)

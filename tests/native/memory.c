@@ -9,28 +9,7 @@
 #include <unistd.h>
 
 #include "load.h"
-
-static struct guest guest;
-static struct driver ring;
-static struct unit unit;
-
-static void begin(uint32_t kind, uint32_t flags)
-{
-	struct guest_options options = { .flags = flags };
-
-	guest_open(&guest, &options);
-	unit_open(&unit, kind, 4096, 2);
-	CHECK_EQUAL(guest_route(&guest, 0, unit.medium, VFC_FINISH).result, 0);
-	drive_open(&ring, &guest, 2, VFC_RING_REQUEST, 64, 0);
-}
-
-static void end(void)
-{
-	CHECK_EQUAL(drive_stop(&ring, 0).result, 0);
-	drive_close(&ring);
-	guest_close(&guest);
-	unit_close(&unit);
-}
+#include "one.h"
 
 /* Another region, outside the first, with a memfd of its own. */
 struct extra {
@@ -79,7 +58,7 @@ TEST(a_removed_region_stays_while_it_is_used)
 	struct extra extra;
 	uint64_t seq;
 
-	begin(VFC_MEDIUM_MEMORY, 0);
+	one_begin(VFC_MEDIUM_MEMORY, 0);
 	extra_open(&extra);
 	guest_set_memory(&guest, extra.both);
 	answers[1] = answers[0];
@@ -109,7 +88,7 @@ TEST(a_removed_region_stays_while_it_is_used)
 	CHECK_EQUAL(drive_wait(&ring).length, 108 + 6);
 	munmap(extra.bytes, EXTRA_SIZE);
 	close(extra.fd);
-	end();
+	one_end();
 }
 
 TEST(a_region_that_is_added_waits_for_nobody)
@@ -118,7 +97,7 @@ TEST(a_region_that_is_added_waits_for_nobody)
 	struct request request;
 	struct extra extra;
 
-	begin(VFC_MEDIUM_MEMORY, 0);
+	one_begin(VFC_MEDIUM_MEMORY, 0);
 	extra_open(&extra);
 	request = request_make(&ring, 0, inquiry, 0, 36);
 	request_send(&ring, &request);
@@ -130,7 +109,7 @@ TEST(a_region_that_is_added_waits_for_nobody)
 	request_send(&ring, &request);
 	CHECK_EQUAL(drive_wait(&ring).length, 108 + 512);
 	CHECK_EQUAL(extra.bytes[EXTRA_SIZE - 512], 0x21);
-	end();
+	one_end();
 	extra_close(&extra);
 }
 
@@ -140,7 +119,7 @@ TEST(a_ring_that_loses_its_memory_is_broken)
 	struct vfc_mem *other;
 	struct vfc_event event;
 
-	begin(VFC_MEDIUM_MEMORY, 0);
+	one_begin(VFC_MEDIUM_MEMORY, 0);
 	extra_open(&extra);
 	CHECK_EQUAL(vfc_mem_new(&extra.map, 1, &other), 0);
 	CHECK_EQUAL(guest_ack(&guest, 0, post_memory(other)).result, 0);
@@ -150,7 +129,7 @@ TEST(a_ring_that_loses_its_memory_is_broken)
 	drive_kick(&ring);
 	guest_ping(&guest, 0);
 	vfc_mem_put(other);
-	end();
+	one_end();
 	extra_close(&extra);
 }
 
@@ -158,7 +137,7 @@ static void changing_tables(uint32_t kind)
 {
 	struct load load = { .ring = &ring, .depth = 16, .blocks = 8, .span = 4096, .write_percent = 50, .writer = 1 };
 
-	begin(kind, 0);
+	one_begin(kind, 0);
 	load_start(&load);
 	for (unsigned i = 0; i < 100; i++) {
 		/* The same memory at other addresses of ours, as after SET_MEM_TABLE, now in one region, now in three. */
@@ -181,7 +160,7 @@ static void changing_tables(uint32_t kind)
 	}
 	load_stop(&load);
 	CHECK_EQUAL(load.reset + load.full + load.other + load.torn, 0);
-	end();
+	one_end();
 }
 
 TEST(tables_change_under_load) { changing_tables(VFC_MEDIUM_MEMORY); }
@@ -194,7 +173,7 @@ static void shrunken(uint32_t kind, uint32_t flags, uint8_t opcode)
 	struct request request;
 	struct extra extra;
 
-	begin(kind, flags);
+	one_begin(kind, flags);
 	extra_open(&extra);
 	guest_set_memory(&guest, extra.both);
 	request = request_rw(&ring, 0, opcode, 0, 8);
@@ -214,7 +193,7 @@ static void shrunken(uint32_t kind, uint32_t flags, uint8_t opcode)
 	request_send(&ring, &request);
 	drive_wait(&ring);
 	CHECK_EQUAL(request_response(&ring, &request), S_OK);
-	end();
+	one_end();
 	extra_close(&extra);
 }
 
@@ -229,7 +208,7 @@ TEST(a_header_in_memory_that_is_gone)
 	struct request request;
 	struct extra extra;
 
-	begin(VFC_MEDIUM_MEMORY, 0);
+	one_begin(VFC_MEDIUM_MEMORY, 0);
 	extra_open(&extra);
 	guest_set_memory(&guest, extra.both);
 	request = request_rw(&ring, 0, OP_READ_10, 0, 1);
@@ -238,7 +217,7 @@ TEST(a_header_in_memory_that_is_gone)
 	request_send(&ring, &request);
 	CHECK_EQUAL(drive_wait(&ring).length, 108);
 	CHECK_EQUAL(request_response(&ring, &request), S_FAILURE);
-	end();
+	one_end();
 	extra_close(&extra);
 }
 
@@ -246,7 +225,7 @@ TEST(a_ring_in_memory_that_is_gone)
 {
 	struct vfc_event event;
 
-	begin(VFC_MEDIUM_MEMORY, 0);
+	one_begin(VFC_MEDIUM_MEMORY, 0);
 	CHECK_EQUAL(ftruncate(guest.fd, 0), 0);
 	CHECK_EQUAL(write(ring.kick, "\1\0\0\0\0\0\0", 8), 8);
 	/* It may look empty once, at the page of zeros; it does not twice. */
@@ -255,7 +234,7 @@ TEST(a_ring_in_memory_that_is_gone)
 	event = guest_event(&guest, 0);
 	CHECK_EQUAL(event.kind, VFC_EVENT_BROKEN);
 	CHECK_EQUAL(event.result, -EIO);
-	end();
+	one_end();
 }
 
 TEST(a_medium_that_is_gone)
@@ -264,7 +243,7 @@ TEST(a_medium_that_is_gone)
 	struct vfc_event event;
 	struct vfc_answer answer = { .status = 2 };
 
-	begin(VFC_MEDIUM_MEMORY, 0);
+	one_begin(VFC_MEDIUM_MEMORY, 0);
 	request = request_rw(&ring, 0, OP_READ_10, 1024, 8);
 	CHECK_EQUAL(ftruncate(unit.fd, 4096), 0);
 	request_send(&ring, &request);
@@ -278,7 +257,7 @@ TEST(a_medium_that_is_gone)
 	request = request_rw(&ring, 0, OP_READ_10, 0, 1);
 	request_send(&ring, &request);
 	CHECK_EQUAL(guest_event(&guest, 0).why, VFC_WHY_MEDIUM);
-	end();
+	one_end();
 }
 
 TEST(a_fault_elsewhere_is_not_ours)
@@ -321,11 +300,11 @@ TEST(a_handler_that_was_there_before_is_called)
 	volatile char *bytes;
 
 	sigaction(SIGBUS, &action, NULL);
-	begin(VFC_MEDIUM_MEMORY, 0);
+	one_begin(VFC_MEDIUM_MEMORY, 0);
 	CHECK_EQUAL(ftruncate(fd, 4096), 0);
 	bytes = mmap(NULL, 8192, PROT_READ, MAP_SHARED, fd, 0);
 	CHECK_EQUAL(bytes[4096], 0);
 	CHECK_EQUAL(met, 1);
-	end();
+	one_end();
 	close(fd);
 }

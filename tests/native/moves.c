@@ -7,27 +7,13 @@
 #include <unistd.h>
 
 #include "load.h"
-
-static struct guest guest;
-static struct driver ring;
-static struct unit unit;
+#include "one.h"
 
 static void begin(struct guest_options options, uint32_t kind, uint64_t features)
 {
 	options.workers = 2;
-	guest_open(&guest, &options);
-	unit_open(&unit, kind, 4096, 2);
-	for (uint32_t worker = 0; worker < 2; worker++)
-		CHECK_EQUAL(guest_route(&guest, worker, unit.medium, VFC_FINISH).result, 0);
-	drive_open(&ring, &guest, 2, VFC_RING_REQUEST, 64, features);
-}
-
-static void end(void)
-{
-	CHECK_EQUAL(drive_stop(&ring, 0).result, 0);
-	drive_close(&ring);
-	guest_close(&guest);
-	unit_close(&unit);
+	one_begin_with(kind, &options, features);
+	CHECK_EQUAL(guest_route(&guest, 1, unit.medium, VFC_FINISH).result, 0);
 }
 
 static void goes_on(uint64_t features)
@@ -47,7 +33,7 @@ static void goes_on(uint64_t features)
 	CHECK_EQUAL(guest_stats(&guest, 1).commands, 10);
 	/* The position goes with it. */
 	CHECK_EQUAL(drive_stop(&ring, 0).value & 0x7fff, 20 * (features & FEATURE_PACKED && !ring.tables ? 3 : 1) % 64);
-	end();
+	one_end();
 }
 
 TEST(a_ring_moves_and_goes_on) { goes_on(0); }
@@ -69,7 +55,7 @@ TEST(a_ring_that_is_looked_at_unasked_moves)
 		drive_offer(&ring, request.head);
 		drive_wait(&ring);
 	}
-	end();
+	one_end();
 }
 
 /* What was kicked while nobody listened. */
@@ -88,7 +74,7 @@ TEST(a_kick_during_a_move_is_heard)
 		if (guest_acked(&guest, move.worker, seq, 1000))
 			ring.worker = move.worker;
 	}
-	end();
+	one_end();
 }
 
 TEST(a_ring_that_is_disabled_moves_and_stays_so)
@@ -103,7 +89,7 @@ TEST(a_ring_that_is_disabled_moves_and_stays_so)
 	CHECK(drive_silent(&ring, 20));
 	drive_enable(&ring, true);
 	drive_wait(&ring);
-	end();
+	one_end();
 }
 
 TEST(what_cannot_move_stays)
@@ -121,7 +107,7 @@ TEST(what_cannot_move_stays)
 	ring.index = 2;
 	drive_stop(&control, 0);
 	drive_close(&control);
-	end();
+	one_end();
 }
 
 TEST(there_is_no_such_worker_to_move_to)
@@ -130,7 +116,7 @@ TEST(there_is_no_such_worker_to_move_to)
 
 	begin((struct guest_options){ 0 }, VFC_MEDIUM_MEMORY, 0);
 	CHECK_EQUAL(guest_ask(&guest, 0, &move).result, -EINVAL);
-	end();
+	one_end();
 }
 
 /* ---------------------------------------------------------------- something is in flight */
@@ -153,7 +139,7 @@ TEST(a_move_waits_for_what_is_in_flight_but_not_for_ever)
 	drive_wait(&ring);
 	CHECK_EQUAL(guest_stats(&guest, 0).commands, 2);
 	CHECK_EQUAL(drive_move(&ring, 1, 1000).result, 0);
-	end();
+	one_end();
 }
 
 TEST(a_command_that_python_has_is_in_flight)
@@ -178,7 +164,7 @@ TEST(a_command_that_python_has_is_in_flight)
 	ring.worker = 1;
 	drive_wait(&ring);
 	CHECK_EQUAL(request_response(&ring, &request), S_OK);
-	end();
+	one_end();
 }
 
 TEST(a_stop_comes_before_a_move)
@@ -202,7 +188,7 @@ TEST(a_stop_comes_before_a_move)
 	CHECK_EQUAL(event.seq, seq);
 	CHECK_EQUAL(event.result, -ECANCELED);
 	gate_open();
-	end();
+	one_end();
 }
 
 TEST(an_engine_ends_with_a_ring_on_its_way)
@@ -242,7 +228,7 @@ static void under_load(uint32_t kind, uint64_t features, uint32_t poll_us)
 	CHECK_EQUAL(load.reset + load.full + load.other + load.torn, 0);
 	CHECK(guest_stats(&guest, 0).commands);
 	CHECK(guest_stats(&guest, 1).commands);
-	end();
+	one_end();
 }
 
 TEST(moving_under_load) { under_load(VFC_MEDIUM_MEMORY, 0, 0); }
@@ -316,7 +302,7 @@ TEST(a_busy_worker_with_two_rings_says_so)
 	CHECK(work[3]);
 	drive_stop(&other, 10000);
 	drive_close(&other);
-	end();
+	one_end();
 }
 
 static void says_nothing(uint32_t poll_us)
@@ -338,7 +324,7 @@ static void says_nothing(uint32_t poll_us)
 	CHECK(guest_quiet(&guest, 0, 0));
 	drive_stop(&other, 0);
 	drive_close(&other);
-	end();
+	one_end();
 }
 
 TEST(a_worker_with_little_to_do_says_nothing) { says_nothing(0); }

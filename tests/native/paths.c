@@ -8,30 +8,8 @@
 #include <unistd.h>
 
 #include "load.h"
+#include "one.h"
 #include "path.h"
-
-static struct guest guest;
-static struct driver ring;
-static struct unit unit;
-
-static void begin(uint32_t kind, uint32_t flags)
-{
-	struct guest_options options = { .flags = flags };
-
-	guest_open(&guest, &options);
-	unit_open(&unit, kind, 4096, 2);
-	CHECK_EQUAL(guest_route(&guest, 0, unit.medium, VFC_FINISH).result, 0);
-	drive_open(&ring, &guest, 2, VFC_RING_REQUEST, 64, 0);
-}
-
-static void end(void)
-{
-	CHECK_EQUAL(drive_stop(&ring, 0).result, 0);
-	CHECK_EQUAL(guest_stats(&guest, 0).in_flight, 0);
-	drive_close(&ring);
-	guest_close(&guest);
-	unit_close(&unit);
-}
 
 static void await_parked(uint64_t count)
 {
@@ -53,7 +31,7 @@ TEST(a_stop_is_bounded_when_io_hangs)
 	struct request read, write;
 	struct vfc_event stopped;
 
-	begin(VFC_MEDIUM_FILE, VFC_ENGINE_NO_URING);
+	one_begin(VFC_MEDIUM_FILE, VFC_ENGINE_NO_URING);
 	memset(unit.bytes, 0x66, 512);
 	gate_close();
 	read = request_rw(&ring, 0, OP_READ_10, 0, 1);
@@ -99,7 +77,7 @@ static void writes_go_in_turn(uint32_t flags)
 	struct vfc_msg second = { .kind = VFC_MSG_ROUTE, .route = { .lun = 1, .in_flight = VFC_FINISH } };
 	struct unit beside;
 
-	begin(VFC_MEDIUM_FILE, flags);
+	one_begin(VFC_MEDIUM_FILE, flags);
 	unit_open(&beside, VFC_MEDIUM_FILE, 4096, 2);
 	second.route.medium = beside.medium;
 	memset(second.route.mask, 0xff, sizeof(second.route.mask));
@@ -119,7 +97,7 @@ static void writes_go_in_turn(uint32_t flags)
 	CHECK_EQUAL(beside.bytes[0], 0x43);
 	second.route.medium = NULL;
 	CHECK_EQUAL(guest_ask(&guest, 0, &second).result, 0);
-	end();
+	one_end();
 	unit_close(&beside);
 }
 
@@ -131,7 +109,7 @@ static void waiting_writes_end_with_their_ring(uint32_t flags)
 {
 	struct request first, waiting;
 
-	begin(VFC_MEDIUM_FILE, flags);
+	one_begin(VFC_MEDIUM_FILE, flags);
 	gate_close();
 	first = send_write(0, 0, 0, 0x42);
 	gate_await(1);
@@ -146,7 +124,7 @@ static void waiting_writes_end_with_their_ring(uint32_t flags)
 	CHECK_EQUAL(guest_ack(&guest, 0, post_route(NULL, VFC_FINISH)).result, 0);
 	CHECK_EQUAL(unit.bytes[0], 0x42);
 	CHECK_EQUAL(unit.bytes[8 * 512], 0);
-	end();
+	one_end();
 }
 
 TEST(waiting_cached_writes_end_with_their_ring) { waiting_writes_end_with_their_ring(0); }
@@ -160,9 +138,9 @@ TEST(io_uring_that_hangs_is_cancelled)
 	struct request request;
 	int pipes[2];
 
-	begin(VFC_MEDIUM_FILE, 0);
+	one_begin(VFC_MEDIUM_FILE, 0);
 	if (!vfc_uses_uring(guest.engine)) {
-		end();
+		one_end();
 		return;
 	}
 	CHECK_EQUAL(pipe(pipes), 0);
@@ -183,7 +161,7 @@ TEST(io_uring_that_hangs_is_cancelled)
 	vfc_medium_put(medium);
 	close(pipes[0]);
 	close(pipes[1]);
-	end();
+	one_end();
 }
 
 TEST(buffers_are_bounded)
@@ -191,7 +169,7 @@ TEST(buffers_are_bounded)
 	struct request all[80];
 	unsigned count = 0;
 
-	begin(VFC_MEDIUM_FILE, VFC_ENGINE_NO_URING);
+	one_begin(VFC_MEDIUM_FILE, VFC_ENGINE_NO_URING);
 	CHECK_EQUAL(drive_stop(&ring, 0).result, 0);
 	drive_close(&ring);
 	drive_open(&ring, &guest, 3, VFC_RING_REQUEST, 512, 0);
@@ -226,7 +204,7 @@ TEST(buffers_are_bounded)
 	gate_open();
 	for (unsigned i = 0; i < 70; i++)
 		CHECK_EQUAL(drive_wait(&ring).length, 108 + (1 << 20));
-	end();
+	one_end();
 }
 
 /* ---------------------------------------------------------------- a path that obeys the test */
@@ -312,7 +290,7 @@ static void begin_fake(void)
 	CHECK_EQUAL(pipe(fake.pipes), 0);
 	fake.base.ops = &ops;
 	harness_files = &fake.base;
-	begin(VFC_MEDIUM_FILE, VFC_ENGINE_NO_URING);
+	one_begin(VFC_MEDIUM_FILE, VFC_ENGINE_NO_URING);
 }
 
 static void fake_give_back(void)
@@ -323,7 +301,7 @@ static void fake_give_back(void)
 
 static void end_fake(void)
 {
-	end();
+	one_end();
 	close(fake.pipes[0]);
 	close(fake.pipes[1]);
 }
@@ -413,7 +391,7 @@ TEST(reads_of_one_stripe_run_together)
 	struct request reads[2], write;
 	struct vfc_latch *latch;
 
-	begin(VFC_MEDIUM_FILE, VFC_ENGINE_NO_URING);
+	one_begin(VFC_MEDIUM_FILE, VFC_ENGINE_NO_URING);
 	CHECK_EQUAL(vfc_latch_open(unit.latch_fd, &latch), 0);
 	gate_close();
 	for (unsigned i = 0; i < 2; i++) {
@@ -439,14 +417,14 @@ TEST(reads_of_one_stripe_run_together)
 	CHECK_EQUAL(vfc_latch_take(latch, 7, 0, 512, NULL), 0);
 	vfc_latch_free(latch, 7, 0, 512);
 	vfc_latch_put(latch);
-	end();
+	one_end();
 }
 
 TEST(a_read_of_two_stripes_shares_nothing)
 {
 	struct request reads[2];
 
-	begin(VFC_MEDIUM_FILE, VFC_ENGINE_NO_URING);
+	one_begin(VFC_MEDIUM_FILE, VFC_ENGINE_NO_URING);
 	gate_close();
 	reads[0] = request_rw(&ring, 0, OP_READ_10, 100, 1);
 	reads[1] = request_rw(&ring, 1, OP_READ_10, 127, 2);
@@ -457,7 +435,7 @@ TEST(a_read_of_two_stripes_shares_nothing)
 	gate_open();
 	drive_wait(&ring);
 	drive_wait(&ring);
-	end();
+	one_end();
 }
 
 /* Within a word of the latch, I/O waits for nothing but for a write of its own blocks, or to them. */
@@ -465,7 +443,7 @@ TEST(only_what_overlaps_a_write_waits)
 {
 	struct request first, beside, read, same, over, behind;
 
-	begin(VFC_MEDIUM_DIRECT, VFC_ENGINE_NO_URING);
+	one_begin(VFC_MEDIUM_DIRECT, VFC_ENGINE_NO_URING);
 	memset(unit.bytes, 0x11, 64 * 512);
 	gate_close();
 	first = request_rw(&ring, 0, OP_WRITE_10, 0, 2);
@@ -497,7 +475,7 @@ TEST(only_what_overlaps_a_write_waits)
 	CHECK_EQUAL(unit.bytes[0], 0x42);
 	CHECK_EQUAL(unit.bytes[512], 0x44);
 	CHECK_EQUAL(unit.bytes[1024], 0x43);
-	end();
+	one_end();
 }
 
 /* I/O without a pause holds a word only for so long: another process gets it. */
@@ -506,7 +484,7 @@ static void others_get_a_turn(uint32_t flags, unsigned write_percent)
 	struct load load = { .ring = &ring, .depth = 16, .blocks = 1, .span = 64, .write_percent = write_percent, .writer = 1 };
 	struct vfc_latch *latch;
 
-	begin(VFC_MEDIUM_FILE, flags);
+	one_begin(VFC_MEDIUM_FILE, flags);
 	CHECK_EQUAL(vfc_latch_open(unit.latch_fd, &latch), 0);
 	load_start(&load);
 	load_await(&load, 1000);
@@ -518,7 +496,7 @@ static void others_get_a_turn(uint32_t flags, unsigned write_percent)
 	load_stop(&load);
 	CHECK_EQUAL(load.reset + load.full + load.other + load.torn, 0);
 	vfc_latch_put(latch);
-	end();
+	one_end();
 }
 
 TEST(reads_side_by_side_let_others_have_a_turn) { others_get_a_turn(0, 0); }

@@ -10,27 +10,13 @@
 #include <unistd.h>
 
 #include "load.h"
+#include "one.h"
 
 #define LONG 10000000	/* us: longer than any test */
 
-static struct guest guest;
-static struct driver ring;
-static struct unit unit;
-
 static void begin(uint32_t poll_us, uint64_t features)
 {
-	guest_open(&guest, &(struct guest_options){ .poll_us = poll_us });
-	unit_open(&unit, VFC_MEDIUM_MEMORY, 4096, 2);
-	CHECK_EQUAL(guest_route(&guest, 0, unit.medium, VFC_FINISH).result, 0);
-	drive_open(&ring, &guest, 2, VFC_RING_REQUEST, 64, features);
-}
-
-static void end(void)
-{
-	CHECK_EQUAL(drive_stop(&ring, 0).result, 0);
-	drive_close(&ring);
-	guest_close(&guest);
-	unit_close(&unit);
+	one_begin_with(VFC_MEDIUM_MEMORY, &(struct guest_options){ .poll_us = poll_us }, features);
 }
 
 static bool asks_for_kicks(void)
@@ -56,7 +42,7 @@ static void polled(uint64_t features)
 		CHECK(!asks_for_kicks());
 	}
 	CHECK_EQUAL(guest_stats(&guest, 0).kicks, 0);
-	end();
+	one_end();
 }
 
 TEST(a_polled_ring_needs_no_kicks) { polled(0); }
@@ -79,7 +65,7 @@ static void sleeps(uint64_t features)
 		drive_wait(&ring);
 	}
 	CHECK(guest_stats(&guest, 0).kicks >= 250);
-	end();
+	one_end();
 }
 
 TEST(a_ring_that_was_polled_asks_for_kicks) { sleeps(0); }
@@ -111,7 +97,7 @@ TEST(a_ring_is_polled_as_long_as_it_pays)
 	while (!asks_for_kicks())
 		usleep(1000);
 	CHECK(milliseconds() - begun < 3000);
-	end();
+	one_end();
 }
 
 /* Whether it is looked at after a command that came so long after the last one. */
@@ -137,7 +123,7 @@ TEST(a_ring_whose_commands_are_far_apart_is_not_polled)
 	for (unsigned i = 0; i < 10000 && !looked_at_after(0); i++)
 		;
 	CHECK(looked_at_after(0) || looked_at_after(0) || looked_at_after(0));
-	end();
+	one_end();
 }
 
 /* What the worker waits for is in the kernel; that it waits shows in its switches, which stay the same. */
@@ -183,7 +169,7 @@ static void idle(uint64_t features)
 	CHECK(before);
 	usleep(300000);
 	CHECK_EQUAL(switches(), before);
-	end();
+	one_end();
 }
 
 TEST(an_idle_worker_does_not_wake) { idle(FEATURE_EVENT_IDX); }
@@ -205,7 +191,7 @@ TEST(a_polled_ring_stops_and_goes_on)
 		start = drive_start_msg(&ring, VFC_RING_REQUEST, stopped.value);
 		CHECK_EQUAL(guest_ask(&guest, 0, &start).result, 0);
 	}
-	end();
+	one_end();
 }
 
 static void under_load(uint64_t features)
@@ -217,7 +203,7 @@ static void under_load(uint64_t features)
 	load_await(&load, 5000);
 	load_stop(&load);
 	CHECK_EQUAL(load.reset + load.full + load.other + load.torn, 0);
-	end();
+	one_end();
 }
 
 TEST(polling_under_load) { under_load(0); }
@@ -256,7 +242,7 @@ static void flooded(uint32_t poll_us)
 	CHECK(between[50] < 200);
 	CHECK_EQUAL(drive_stop(&flood, 0).result, 0);
 	drive_close(&flood);
-	end();
+	one_end();
 }
 
 TEST(a_flooded_ring_starves_no_other) { flooded(0); }
@@ -275,5 +261,5 @@ TEST(workers_stay_where_they_are_put)
 	CHECK_EQUAL(vfc_pin(guest.engine, 1, cpu), -EINVAL);
 	CHECK_EQUAL(vfc_pin(guest.engine, 0, 1023), -EINVAL);
 	CHECK_EQUAL(vfc_pin(guest.engine, 0, 100000), -EINVAL);
-	end();
+	one_end();
 }

@@ -6,28 +6,7 @@
 #include <fcntl.h>
 #include <unistd.h>
 
-#include "harness.h"
-
-static struct guest guest;
-static struct driver ring;
-static struct unit unit;
-
-static void begin(uint32_t kind, const struct guest_options *options)
-{
-	guest_open(&guest, options);
-	unit_open(&unit, kind, 4096, 2);
-	CHECK_EQUAL(guest_route(&guest, 0, unit.medium, VFC_FINISH).result, 0);
-	drive_open(&ring, &guest, 2, VFC_RING_REQUEST, 64, 0);
-}
-
-static void end(void)
-{
-	CHECK_EQUAL(drive_stop(&ring, 0).result, 0);
-	CHECK_EQUAL(guest_stats(&guest, 0).in_flight, 0);
-	drive_close(&ring);
-	guest_close(&guest);
-	unit_close(&unit);
-}
+#include "one.h"
 
 static struct request run(const uint8_t *cdb, uint32_t out, uint32_t in)
 {
@@ -92,7 +71,7 @@ static void all_opcodes(uint32_t kind, uint32_t flags)
 	const uint8_t sync_10[16] = { 0x35, 0x02 }, sync_16[16] = { 0x91, 0, 0, 0, 0, 0, 0, 0, 0, 5, 0, 0, 0, 9 };
 	struct vfc_stats stats;
 
-	begin(kind, &options);
+	one_begin_with(kind, &options, 0);
 	for (unsigned i = 0; i < 5; i++) {
 		struct request write, read;
 
@@ -108,7 +87,7 @@ static void all_opcodes(uint32_t kind, uint32_t flags)
 	CHECK_EQUAL(stats.commands, 12);
 	CHECK_EQUAL(stats.read_bytes, 5 * 1024);
 	CHECK_EQUAL(stats.written_bytes, 5 * 1024);
-	end();
+	one_end();
 }
 
 TEST(all_opcodes_on_memory) { all_opcodes(VFC_MEDIUM_MEMORY, 0); }
@@ -120,21 +99,21 @@ TEST(read_6_of_nothing_is_256_blocks)
 {
 	const uint8_t read[16] = { 0x08, 0, 0, 0, 0, 0 };
 
-	begin(VFC_MEDIUM_MEMORY, NULL);
+	one_begin_with(VFC_MEDIUM_MEMORY, NULL, 0);
 	good(read, 0, 256 * 512, NULL);
-	end();
+	one_end();
 }
 
 TEST(no_blocks_are_good)
 {
 	const uint8_t read_10[16] = { 0x28 }, write_16[16] = { 0x8a }, read_12[16] = { 0xa8 };
 
-	begin(VFC_MEDIUM_MEMORY, NULL);
+	one_begin_with(VFC_MEDIUM_MEMORY, NULL, 0);
 	good(read_10, 0, 0, NULL);
 	good(write_16, 0, 0, NULL);
 	good(read_12, 0, 0, NULL);
 	punted(VFC_WHY_RANGE, read_10, 0, 512);
-	end();
+	one_end();
 }
 
 TEST(a_null_medium_moves_nothing)
@@ -145,14 +124,14 @@ TEST(a_null_medium_moves_nothing)
 	};
 	struct vfc_medium *null;
 
-	begin(VFC_MEDIUM_MEMORY, NULL);
+	one_begin_with(VFC_MEDIUM_MEMORY, NULL, 0);
 	CHECK_EQUAL(vfc_medium_new(&setup, &null), 0);
 	CHECK_EQUAL(guest_route(&guest, 0, null, VFC_FINISH).result, 0);
 	vfc_medium_put(null);
 	good(write, 512, 0, NULL);
 	good(read, 0, 512, NULL);
 	CHECK_EQUAL(guest_stats(&guest, 0).fast, 2);
-	end();
+	one_end();
 }
 
 TEST(media_that_cannot_be)
@@ -192,7 +171,7 @@ static void beyond_the_end(uint32_t flags)
 	struct guest_options options = { .flags = flags };
 	struct request request;
 
-	begin(VFC_MEDIUM_FILE, &options);
+	one_begin_with(VFC_MEDIUM_FILE, &options, 0);
 	memset(unit.bytes, 0x33, 8 * 512);
 	CHECK_EQUAL(ftruncate(unit.fd, 7 * 512 + 100), 0);
 	for (unsigned i = 0; i < 2; i++) {
@@ -202,7 +181,7 @@ static void beyond_the_end(uint32_t flags)
 		punted(VFC_WHY_MEDIUM, cut, 0, 512);
 		punted(VFC_WHY_MEDIUM, behind, 0, 512);
 	}
-	end();
+	one_end();
 }
 
 TEST(what_a_file_has_lost_is_not_zeros) { beyond_the_end(0); }
@@ -214,12 +193,12 @@ static void large(uint32_t kind, uint32_t flags)
 	struct guest_options options = { .flags = flags };
 	struct request out, in;
 
-	begin(kind, &options);
+	one_begin_with(kind, &options, 0);
 	good(write, 1 << 20, 0, &out);
 	CHECK_EQUAL(memcmp(unit.bytes + 512, request_out(&ring, &out), 1 << 20), 0);
 	good(read, 0, 1 << 20, &in);
 	CHECK_EQUAL(memcmp(request_in(&ring, &in), request_out(&ring, &out), 1 << 20), 0);
-	end();
+	one_end();
 }
 
 TEST(a_megabyte_on_memory) { large(VFC_MEDIUM_MEMORY, 0); }
@@ -236,7 +215,7 @@ TEST(a_doubt_before_reads_of_its_batch)
 	struct vfc_answer answer = { .status = 0 };
 	struct vfc_event event;
 
-	begin(VFC_MEDIUM_MEMORY, NULL);
+	one_begin_with(VFC_MEDIUM_MEMORY, NULL, 0);
 	for (unsigned i = 0; i < 4; i++)
 		memset(unit.bytes + 512 * i, (int)(0x40 + i), 512);
 	first = request_rw(&ring, 0, OP_READ_10, 0, 1);
@@ -263,7 +242,7 @@ TEST(a_doubt_before_reads_of_its_batch)
 	CHECK_EQUAL(vfc_reply(guest.engine, &answer), 0);
 	CHECK_EQUAL(drive_wait(&ring).head, doubt.head);
 	CHECK_EQUAL(request_response(&ring, &doubt), S_OK);
-	end();
+	one_end();
 }
 
 /* The same where it is the latch that keeps one back. */
@@ -272,7 +251,7 @@ TEST(a_read_that_waits_for_the_latch_before_reads_of_its_batch)
 	struct request first, reads[4];
 	struct vfc_latch *latch;
 
-	begin(VFC_MEDIUM_MEMORY, NULL);
+	one_begin_with(VFC_MEDIUM_MEMORY, NULL, 0);
 	CHECK_EQUAL(vfc_latch_open(unit.latch_fd, &latch), 0);
 	for (unsigned i = 0; i < 5; i++)
 		memset(unit.bytes + 65536 * i, (int)(0x40 + i), 512);
@@ -294,7 +273,7 @@ TEST(a_read_that_waits_for_the_latch_before_reads_of_its_batch)
 		CHECK_EQUAL(request_in(&ring, &reads[i])[511], 0x41 + i);
 	}
 	vfc_latch_put(latch);
-	end();
+	one_end();
 }
 
 TEST(doubts_are_punted)
@@ -313,7 +292,7 @@ TEST(doubts_are_punted)
 	const uint8_t sync_behind[16] = { 0x35, 0, 0, 0, 0x10, 0 }, sync[16] = { 0x35 };
 	const uint8_t much[16] = { 0x28, 0, 0, 0, 0, 0, 0, 8, 1 };
 
-	begin(VFC_MEDIUM_MEMORY, NULL);
+	one_begin_with(VFC_MEDIUM_MEMORY, NULL, 0);
 	punted(VFC_WHY_OPCODE, inquiry, 0, 96);
 	punted(VFC_WHY_OPCODE, reserve, 24, 0);
 	punted(VFC_WHY_FIELD, protect, 0, 512);
@@ -334,29 +313,29 @@ TEST(doubts_are_punted)
 	punted(VFC_WHY_RANGE, sync_behind, 0, 0);
 	punted(VFC_WHY_RANGE, sync, 0, 1);
 	punted(VFC_WHY_TRANSFER, much, 0, (1 << 20) + 512);
-	end();
+	one_end();
 }
 
 TEST(a_read_past_the_cache_is_punted_where_there_is_one)
 {
 	const uint8_t fua[16] = { 0x28, 0x08, 0, 0, 0, 0, 0, 0, 1 };
 
-	begin(VFC_MEDIUM_FILE, NULL);
+	one_begin_with(VFC_MEDIUM_FILE, NULL, 0);
 	punted(VFC_WHY_FIELD, fua, 0, 512);
-	end();
-	begin(VFC_MEDIUM_DIRECT, NULL);
+	one_end();
+	one_begin_with(VFC_MEDIUM_DIRECT, NULL, 0);
 	punted(VFC_WHY_FIELD, fua, 0, 512);
-	end();
-	begin(VFC_MEDIUM_MEMORY, NULL);
+	one_end();
+	one_begin_with(VFC_MEDIUM_MEMORY, NULL, 0);
 	good(fua, 0, 512, NULL);
-	end();
+	one_end();
 }
 
 TEST(other_attributes_than_simple_are_punted)
 {
 	const uint8_t read[16] = { 0x28, 0, 0, 0, 0, 0, 0, 0, 1 };
 
-	begin(VFC_MEDIUM_MEMORY, NULL);
+	one_begin_with(VFC_MEDIUM_MEMORY, NULL, 0);
 	for (uint8_t attribute = 1; attribute < 4; attribute++) {
 		struct request request = request_make(&ring, 0, read, 0, 512);
 		struct vfc_event event;
@@ -378,7 +357,7 @@ TEST(other_attributes_than_simple_are_punted)
 		CHECK_EQUAL(vfc_reply(guest.engine, &answer), 0);
 		drive_wait(&ring);
 	}
-	end();
+	one_end();
 }
 
 TEST(the_mask_decides)
@@ -386,7 +365,7 @@ TEST(the_mask_decides)
 	const uint8_t read[16] = { 0x28, 0, 0, 0, 0, 0, 0, 0, 1 }, write[16] = { 0x2a, 0, 0, 0, 0, 0, 0, 0, 1 };
 	struct vfc_msg msg = { .kind = VFC_MSG_ROUTE };
 
-	begin(VFC_MEDIUM_MEMORY, NULL);
+	one_begin_with(VFC_MEDIUM_MEMORY, NULL, 0);
 	msg.route.medium = unit.medium;
 	msg.route.mask[0x28 / 8] = 1 << 0x28 % 8;
 	CHECK_EQUAL(guest_ask(&guest, 0, &msg).result, 0);
@@ -406,7 +385,7 @@ TEST(the_mask_decides)
 	punted(VFC_WHY_NO_ROUTE, read, 0, 512);
 	msg.route.lun = 16384;
 	CHECK_EQUAL(guest_ask(&guest, 0, &msg).result, -EINVAL);
-	end();
+	one_end();
 }
 
 static void medium_error(uint32_t flags)
@@ -419,7 +398,7 @@ static void medium_error(uint32_t flags)
 	struct vfc_event event;
 	char path[64];
 
-	begin(VFC_MEDIUM_MEMORY, &options);
+	one_begin_with(VFC_MEDIUM_MEMORY, &options, 0);
 	snprintf(path, sizeof(path), "/proc/self/fd/%d", unit.fd);
 	read_only = unit;
 	read_only.fd = open(path, O_RDONLY);
@@ -439,7 +418,7 @@ static void medium_error(uint32_t flags)
 	good(write, 512, 0, NULL);
 	vfc_medium_put(read_only.medium);
 	close(read_only.fd);
-	end();
+	one_end();
 }
 
 TEST(a_medium_error_is_punted) { medium_error(0); }
@@ -458,7 +437,7 @@ TEST(absent_targets_are_answered_at_once)
 	};
 	struct request request;
 
-	begin(VFC_MEDIUM_MEMORY, NULL);
+	one_begin_with(VFC_MEDIUM_MEMORY, NULL, 0);
 	for (unsigned i = 0; i < sizeof(luns) / 8; i++) {
 		request = request_make(&ring, 0, read, 0, 512);
 		memcpy(request_header(&ring, &request), luns[i], 8);
@@ -467,7 +446,7 @@ TEST(absent_targets_are_answered_at_once)
 		CHECK_EQUAL(request_response(&ring, &request), S_BAD_TARGET);
 	}
 	CHECK_EQUAL(guest_stats(&guest, 0).bad_target, sizeof(luns) / 8);
-	end();
+	one_end();
 }
 
 TEST(both_forms_of_a_lun_lead_to_it)
@@ -476,7 +455,7 @@ TEST(both_forms_of_a_lun_lead_to_it)
 	const uint8_t luns[][8] = { { 1, 0, 0, 5 }, { 1, 0, 0x40, 5 }, { 1, 0, 0x7f, 0xff } };
 	struct vfc_msg msg = { .kind = VFC_MSG_ROUTE };
 
-	begin(VFC_MEDIUM_MEMORY, NULL);
+	one_begin_with(VFC_MEDIUM_MEMORY, NULL, 0);
 	msg.route.medium = unit.medium;
 	memset(msg.route.mask, 0xff, 32);
 	msg.route.lun = 5;
@@ -490,7 +469,7 @@ TEST(both_forms_of_a_lun_lead_to_it)
 		request_send(&ring, &request);
 		CHECK_EQUAL(drive_wait(&ring).length, 108 + 512);
 	}
-	end();
+	one_end();
 }
 
 TEST(the_report_luns_unit_is_punted)
@@ -501,7 +480,7 @@ TEST(the_report_luns_unit_is_punted)
 	struct request request;
 	struct vfc_event event;
 
-	begin(VFC_MEDIUM_MEMORY, NULL);
+	one_begin_with(VFC_MEDIUM_MEMORY, NULL, 0);
 	request = request_make(&ring, 0, report_luns, 0, 64);
 	memcpy(request_header(&ring, &request), well_known, 8);
 	request_send(&ring, &request);
@@ -518,7 +497,7 @@ TEST(the_report_luns_unit_is_punted)
 	CHECK_EQUAL(request_response(&ring, &request), S_BAD_TARGET);
 	target.index = 256;
 	CHECK_EQUAL(guest_ask(&guest, 0, &target).result, -EINVAL);
-	end();
+	one_end();
 }
 
 /* ---------------------------------------------------------------- answers */
@@ -534,7 +513,7 @@ TEST(an_answer_reaches_the_guest)
 	struct request request;
 	uint32_t word;
 
-	begin(VFC_MEDIUM_MEMORY, NULL);
+	one_begin_with(VFC_MEDIUM_MEMORY, NULL, 0);
 	memset(sense, 0x70, sizeof(sense));
 	memset(data, 0x44, sizeof(data));
 	request = run(inquiry, 0, 96);
@@ -560,7 +539,7 @@ TEST(an_answer_reaches_the_guest)
 	answer.handle = 1u << 23;
 	CHECK_EQUAL(vfc_reply(guest.engine, &answer), -EINVAL);	/* no such worker */
 	CHECK_EQUAL(vfc_reply_control(guest.engine, 1, data, 1), -EINVAL);	/* no control request */
-	end();
+	one_end();
 }
 
 TEST(punts_are_rationed_by_number)
@@ -570,7 +549,7 @@ TEST(punts_are_rationed_by_number)
 	struct vfc_answer answer = { 0 };
 	struct request request;
 
-	begin(VFC_MEDIUM_MEMORY, &options);
+	one_begin_with(VFC_MEDIUM_MEMORY, &options, 0);
 	run(inquiry, 0, 36);
 	run(inquiry, 0, 36);
 	request = run(inquiry, 0, 36);
@@ -584,7 +563,7 @@ TEST(punts_are_rationed_by_number)
 	run(inquiry, 0, 36);
 	CHECK_EQUAL(guest_event(&guest, 0).kind, VFC_EVENT_PUNT);
 	CHECK_EQUAL(guest_event(&guest, 0).kind, VFC_EVENT_PUNT);
-	end();
+	one_end();
 }
 
 TEST(punts_are_rationed_by_bytes)
@@ -594,7 +573,7 @@ TEST(punts_are_rationed_by_bytes)
 	struct request request;
 	struct vfc_event event;
 
-	begin(VFC_MEDIUM_MEMORY, &options);
+	one_begin_with(VFC_MEDIUM_MEMORY, &options, 0);
 	run(mode_select, 600, 0);
 	request = run(mode_select, 600, 0);
 	drive_wait(&ring);
@@ -603,7 +582,7 @@ TEST(punts_are_rationed_by_bytes)
 	CHECK_EQUAL(event.data_out_length, 600);
 	CHECK_EQUAL(drive_stop(&ring, 0).result, 0);
 	CHECK_EQUAL(drive_wait(&ring).length, 108);
-	end();
+	one_end();
 }
 
 TEST(more_than_the_ration_in_one_command_is_cut)
@@ -614,7 +593,7 @@ TEST(more_than_the_ration_in_one_command_is_cut)
 	struct request request;
 	struct vfc_event event;
 
-	begin(VFC_MEDIUM_MEMORY, &options);
+	one_begin_with(VFC_MEDIUM_MEMORY, &options, 0);
 	request = run(unknown, 5000, 0);
 	event = guest_event(&guest, 0);
 	CHECK_EQUAL(event.data_out_length, 1000);
@@ -623,5 +602,5 @@ TEST(more_than_the_ration_in_one_command_is_cut)
 	CHECK_EQUAL(vfc_reply(guest.engine, &answer), 0);
 	drive_wait(&ring);
 	CHECK_EQUAL(request_status(&ring, &request), 2);
-	end();
+	one_end();
 }

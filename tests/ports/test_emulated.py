@@ -6,7 +6,7 @@ Every test has a clock on which time passes only when nobody has anything to do 
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -21,6 +21,7 @@ from trio.testing import MockClock
 from tests.fc.tiny import BLOCK, Done, TinyTarget
 from tests.ports.contract import ME, TUR, lun, read, sense, take, until_topology, write
 from tests.ports.fakefabric import MASK, MEDIUM_BYTES, Connection, FakeFabric
+from tests.waiting import until
 from vhostfc.errors import LoginRefused
 from vhostfc.fabric import link
 from vhostfc.fc import els
@@ -141,13 +142,6 @@ async def lab(idle: Lab) -> Lab:
 async def port(lab: Lab) -> AsyncIterator[Port]:
     async with lab.fabric.login(ME) as port:
         yield port
-
-
-async def until(truth: Callable[[], object]) -> None:
-    """For what has no event of its own: let the others run until it is so."""
-    with trio.fail_after(5):
-        while not truth():
-            await trio.sleep(0.001)
 
 
 # ---------------------------------------------------------------- login

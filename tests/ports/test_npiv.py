@@ -13,6 +13,7 @@ import trio
 import trio.testing
 from structlog.testing import capture_logs
 
+from tests import waiting
 from tests.fakes.array import FakeTarget, FakeUnit
 from tests.fakes.kernel import FakeKernel
 from tests.fc.tiny import Done
@@ -31,9 +32,8 @@ from vhostfc.ports.base import (
     Unit,
 )
 from vhostfc.ports.npiv import NpivFabric, NpivPort
-from vhostfc.ports.npiv_commands import clamped, result_of
 from vhostfc.ports.npiv_paths import MASK, NpivPath, shares, transfer_limit
-from vhostfc.ports.sg import CHANGER, TAPE, SgOutcome, cdb_of, timeouts
+from vhostfc.ports.sg import CHANGER, TAPE, cdb_of, timeouts
 from vhostfc.ports.sysfs import Lun
 from vhostfc.ports.vport import ADVICE, Parents, symbolic_name
 
@@ -146,8 +146,7 @@ async def test_a_command_in_flight_at_the_loss_may_be_sent_anew(lab: Lab, port: 
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(send)
-        while not any(node.held for node in lab.kernel.nodes.values()):
-            await trio.sleep(0.01)
+        await waiting.until(lambda: any(node.held for node in lab.kernel.nodes.values()))
         lab.kernel.lose(lab.vhost, lab.array)  # type: ignore[arg-type]
     assert results == [ScsiResult(Outcome.PATH_LOST)]
 
@@ -199,9 +198,7 @@ async def test_a_command_that_opens_its_unit_when_the_port_logs_out(lab: Lab, nu
         nursery.start_soon(send)
         await opening.wait()
     gate.set()
-    with trio.fail_after(5):
-        while not results:
-            await trio.sleep(0.01)
+    await waiting.until(lambda: results)
     assert results == [ScsiResult(Outcome.PATH_LOST)]
     for fd in opened:
         with pytest.raises(OSError, match="Bad file descriptor"):
@@ -215,8 +212,7 @@ async def held(lab: Lab, port: NpivPort, nursery: trio.Nursery, cdb: bytes = TUR
     """A command of ours that the kernel has."""
     lab.array.units[0].hold = True
     nursery.start_soon(lambda: port.execute(UNIT, cdb, data_out=data, tag=5))
-    while not any(node.held for node in lab.kernel.nodes.values()):
-        await trio.sleep(0.01)
+    await waiting.until(lambda: any(node.held for node in lab.kernel.nodes.values()))
 
 
 async def test_an_abort_that_cannot_be_is_rejected(lab: Lab, port: NpivPort, nursery: trio.Nursery) -> None:
@@ -269,9 +265,7 @@ async def _true() -> bool:
 
 async def test_a_command_of_the_survey_is_no_task_of_the_guests(lab: Lab, port: NpivPort) -> None:
     lab.array.units[0].hold = True
-    with trio.fail_after(5):
-        while not any(node.held for node in lab.kernel.nodes.values()):
-            await trio.sleep(0.01)
+    await waiting.until(lambda: any(node.held for node in lab.kernel.nodes.values()))
     assert await port.manage(UNIT, TaskManagement.QUERY_TASK_SET) is TaskManagementResponse.FUNCTION_COMPLETE
 
 
@@ -309,8 +303,7 @@ async def test_a_reset_ends_what_is_in_flight_first(lab: Lab, port: NpivPort) ->
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(send)
-        while not any(node.held for node in lab.kernel.nodes.values()):
-            await trio.sleep(0.01)
+        await waiting.until(lambda: any(node.held for node in lab.kernel.nodes.values()))
         answer = await port.manage(UNIT, TaskManagement.LOGICAL_UNIT_RESET)
         assert answer is TaskManagementResponse.FUNCTION_COMPLETE
         assert results == [ScsiResult(Outcome.ABORTED)]
@@ -353,13 +346,6 @@ async def test_block_limits_tell_what_the_port_can_carry(lab: Lab, port: NpivPor
     lab.array.units[0].max_blocks = 100
     limits = (await port.execute(UNIT, page, data_in=64)).data_in
     assert (int.from_bytes(limits[8:12], "big"), int.from_bytes(limits[12:16], "big")) == (100, 100)
-
-
-def test_a_block_limits_page_is_clamped() -> None:
-    page = bytes(8) + (5000).to_bytes(4, "big") + (4000).to_bytes(4, "big") + bytes(48)
-    assert clamped(page, 2560)[8:16] == (2560).to_bytes(4, "big") * 2
-    assert clamped(page, 4500)[8:16] == (4500).to_bytes(4, "big") + (4000).to_bytes(4, "big")
-    assert clamped(bytes(64), 77)[8:16] == (77).to_bytes(4, "big") + bytes(4)
 
 
 async def test_more_than_that_is_a_check_condition(lab: Lab, port: NpivPort) -> None:
@@ -460,54 +446,6 @@ def test_a_cdb_is_as_long_as_its_opcode_says(padded: str, length: int) -> None:
     assert len(cdb_of(bytes.fromhex(padded))) == length
 
 
-@pytest.mark.parametrize(
-    ("host_status", "outcome", "status"),
-    [
-        (0x01, Outcome.PATH_LOST, 0),
-        (0x02, Outcome.COMPLETE, 8),
-        (0x03, Outcome.TIMED_OUT, 0),
-        (0x04, Outcome.NO_TARGET, 0),
-        (0x05, Outcome.GIVEN_UP, 0),
-        (0x06, Outcome.FAILED, 0),
-        (0x07, Outcome.FAILED, 0),
-        (0x08, Outcome.ABORTED, 0),
-        (0x0D, Outcome.COMPLETE, 8),
-        (0x0E, Outcome.PATH_LOST, 0),
-        (0x0F, Outcome.PATH_LOST, 0),
-        (0x10, Outcome.TARGET_FAILED, 0),
-        (0x11, Outcome.COMPLETE, 0x18),
-        (0x12, Outcome.FAILED, 0),
-        (0x13, Outcome.FAILED, 0),
-        (0x14, Outcome.PATH_LOST, 0),
-        (0x55, Outcome.FAILED, 0),
-    ],
-)
-def test_what_the_kernel_says_becomes_an_outcome(host_status: int, outcome: Outcome, status: int) -> None:
-    result = result_of(SgOutcome(0, host_status, 0, b"", b"", 0), 512)
-    assert (result.outcome, result.status) == (outcome, status)
-
-
-@pytest.mark.parametrize("host_status", [0x06, 0x07])
-def test_an_error_while_the_remote_port_is_away_is_its_paths(host_status: int) -> None:
-    result = result_of(SgOutcome(0, host_status, 0, b"", b"", 0), 512, online=False)
-    assert result == ScsiResult(Outcome.PATH_LOST)
-
-
-@pytest.mark.parametrize(
-    ("driver_status", "status", "outcome"),
-    [
-        (0x06, 0, Outcome.TIMED_OUT),  # DRIVER_TIMEOUT, before Linux 5.14: nothing else says that it failed
-        (0x16, 0, Outcome.TIMED_OUT),  # with advice
-        (0x04, 0, Outcome.FAILED),  # DRIVER_ERROR
-        (0x08, 0, Outcome.COMPLETE),  # DRIVER_SENSE
-        (0x08, 2, Outcome.COMPLETE),
-        (0x06, 2, Outcome.COMPLETE),
-    ],
-)
-def test_what_only_the_driver_status_tells(driver_status: int, status: int, outcome: Outcome) -> None:
-    assert result_of(SgOutcome(status, 0, driver_status, b"", b"", 0), 512).outcome is outcome
-
-
 # ---------------------------------------------------------------- what the kernel keeps
 
 WRITE = bytes([0x2A]) + bytes(6) + (1).to_bytes(2, "big") + bytes(1)
@@ -539,8 +477,7 @@ async def test_a_write_that_was_given_up_keeps_the_next_busy(lab: Lab, port: Npi
             await port.execute(UNIT, WRITE, data_out=b"O" * 512)
 
     nursery.start_soon(send)
-    while not any(node.held for node in lab.kernel.nodes.values()):
-        await trio.sleep(0.01)
+    await waiting.until(lambda: any(node.held for node in lab.kernel.nodes.values()))
     given_up.cancel()
     await trio.testing.wait_all_tasks_blocked(0.05)
     assert port._paths.is_stale(UNIT)
@@ -609,15 +546,17 @@ async def test_a_unit_that_says_it_is_not_there_is_gone(lab: Lab, port: NpivPort
 
 
 async def test_a_unit_that_a_list_forgets_but_that_answers_stays(lab: Lab, port: NpivPort) -> None:
-    whole = lab.array.run
+    whole, asked = lab.array.run, 0
 
     def forgetful(initiator: Wwn, number: int, cdb: bytes, data: bytes) -> Done:
+        nonlocal asked
         if cdb[0] == 0xA0:
+            asked += 1
             return Done(data=(8).to_bytes(4, "big") + bytes(4) + lun(0))
         return whole(initiator, number, cdb, data)
 
     lab.array.run = forgetful  # type: ignore[method-assign]
-    await trio.sleep(1)
+    await waiting.until(lambda: asked == 3)
     assert len(list(port.units_of(ARRAY))) == 2
 
 
@@ -746,8 +685,7 @@ async def test_one_that_is_stopped_while_it_logs_in_leaves_nothing(lab: Lab, wha
     with trio.CancelScope() as scope:
 
         async def stop() -> None:
-            while not any(host.parent for host in lab.kernel.hosts.values()):
-                await trio.sleep(0.01)
+            await waiting.until(lambda: any(host.parent for host in lab.kernel.hosts.values()))
             if what == "link down":
                 await lab.kernel.link_down()
             scope.cancel()

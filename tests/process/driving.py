@@ -8,8 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 
 import trio
 
@@ -99,16 +98,6 @@ async def beside(driver: ScsiDriver, *loads: Load, doomed: bool = False) -> Asyn
         if len(group.exceptions) == 1:  # for a test that expects it, as it was raised
             raise group.exceptions[0] from None
         raise
-
-
-async def until(condition: Callable[[], object], timeout: float = 20.0, *, what: str = "") -> float:
-    """Until the condition holds; the seconds that it took."""
-    began = time.monotonic()
-    with trio.move_on_after(timeout):
-        while not condition():
-            await trio.sleep(0.005)
-        return time.monotonic() - began
-    raise AssertionError(f"waited {timeout:g} s {what}")
 
 
 #: An event, short: (type, target, LUN, reason).  LUNs below 256.

@@ -9,7 +9,7 @@ import contextlib
 import itertools
 import mmap
 import os
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -123,10 +123,3 @@ async def victim(san: San, number: int, name: bytes) -> AsyncIterator[Victim]:
 
 async def join(one: Victim) -> None:
     assert await out(one.driver, IGNORE, 0, KEY) == GOOD
-
-
-async def until(condition: Callable[[], object], what: str) -> None:
-    with trio.move_on_after(20) as scope:
-        while not condition():
-            await trio.sleep(0.001)
-    assert not scope.cancelled_caught, what

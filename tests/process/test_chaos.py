@@ -16,7 +16,8 @@ import pytest
 import trio
 
 from tests.lab.san import San, UnitSpec
-from tests.process.driving import KIB, Beside, beside, units, until
+from tests.process.driving import KIB, Beside, beside, units
+from tests.waiting import until
 from vhostfc.frontend.driver import ScsiDriver
 from vhostfc.frontend.load import GenerationTable, Load, Verification, run_load
 

@@ -9,7 +9,8 @@ import pytest
 import trio
 
 from tests.lab.san import San, UnitSpec
-from tests.process.driving import KIB, MIB, beside, ready, units, until
+from tests.process.driving import KIB, MIB, beside, ready, units
+from tests.waiting import until
 from vhostfc.frontend.driver import ScsiDriver
 from vhostfc.frontend.load import Load
 

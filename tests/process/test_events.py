@@ -11,7 +11,8 @@ import pytest
 import trio
 
 from tests.lab.san import San, UnitSpec
-from tests.process.driving import Told, give_event_buffers, ready, removed, rescan, short, told, units, until
+from tests.process.driving import Told, give_event_buffers, ready, removed, rescan, short, told, units
+from tests.waiting import until
 from vhostfc.frontend.driver import ScsiDriver
 from vhostfc.virtio.scsi import Event, EventType
 

@@ -30,7 +30,6 @@ from tests.process.slowsan import (
     SIZE,
     SlowSan,
     Victim,
-    until,
     victim,
 )
 from tests.process.test_preempt import (
@@ -44,6 +43,7 @@ from tests.process.test_preempt import (
     answer,
 )
 from tests.process.zygote import Zygote
+from tests.waiting import until
 from vhostfc.frontend.driver import ScsiDriver
 
 #: LOGICAL UNIT NOT SUPPORTED: a new fabric does not serve a unit before all who had it are gone.
@@ -116,7 +116,7 @@ async def a_round(san: SlowSan, holder: ScsiDriver, victims: list[Victim], what:
         assert await out(one.driver, IGNORE, 0, KEY) == GOOD
         one.written = 0
     for one in victims:
-        await until(partial(getattr, one, "writing"), "nobody writes")
+        await until(partial(getattr, one, "writing"), what="nobody writes")
     async with trio.open_nursery() as nursery:
         nursery.start_soon(happen, san, what, max(0.0, moment))
         await trio.sleep(max(0.0, -moment))
@@ -141,7 +141,7 @@ async def still_out(san: SlowSan, holder: ScsiDriver, frames: Victim) -> None:
     await ready(holder, 0)
     assert await keys(holder) == [HOLDER]
     refused = frames.refused
-    await until(lambda: frames.refused > refused + 2, "the writes of frames go on")
+    await until(lambda: frames.refused > refused + 2, what="the writes of frames go on")
     with san.blocks() as medium:
         assert bytes(medium) == before, "a write landed after a restart"
     assert (await answer(holder, write_10(0, 1), before[:512])).good
@@ -166,7 +166,7 @@ async def loop(san: SlowSan, rounds: int) -> None:
                 await ready(fast.driver, 0)
                 times[what].append(await a_round(san, holder, [fast, frames], what, moment))
                 if "adapter" in what:
-                    await until(lambda: not san.adapters[FAST].alive or fast.refused, "neither dead nor refused")
+                    await until(lambda: not san.adapters[FAST].alive or fast.refused, what="neither dead nor refused")
                     san.adapters[FAST].kill()
             if number % 2:
                 await still_out(san, holder, frames)

@@ -14,7 +14,8 @@ import pytest
 import trio
 
 from tests.lab.san import San, UnitSpec, wwpn
-from tests.process.driving import KIB, beside, ready, units, until
+from tests.process.driving import KIB, beside, ready, units
+from tests.waiting import until
 from vhostfc.frontend.driver import ScsiDriver
 from vhostfc.frontend.load import Load, run_load
 from vhostfc.frontend.scan import UnitInfo

@@ -37,7 +37,6 @@ from tests.process.slowsan import (
     SlowSan,
     Victim,
     join,
-    until,
     victim,
 )
 from tests.process.test_preempt import (
@@ -52,6 +51,7 @@ from tests.process.test_preempt import (
     out,
 )
 from tests.process.zygote import Zygote
+from tests.waiting import until
 from vhostfc.frontend.driver import ScsiDriver
 
 MEDIA = {"memory": f"size = {SIZE}", "file": 'file = "{directory}/disk"\nsize = ' + str(SIZE)}
@@ -107,7 +107,7 @@ async def fence(san: SlowSan, holder: ScsiDriver, victims: list[Victim], step: s
     fast, frames = victims
     adapter = san.adapters[FAST]
     for one in victims:
-        await until(partial(getattr, one, "writing"), "nobody writes")
+        await until(partial(getattr, one, "writing"), what="nobody writes")
     await trio.sleep(number % 16 / 1000)
     where, _, what = step.partition(" ")
     if where == "before":
@@ -127,11 +127,11 @@ async def fence(san: SlowSan, holder: ScsiDriver, victims: list[Victim], step: s
         await trio.sleep(LANDED)
         assert bytes(medium) == after, f"a write landed after GOOD: {step}, round {number}"
         if what:
-            await until(lambda: not adapter.alive, f"{step}: the adapter lives")
+            await until(lambda: not adapter.alive, what=f"{step}: the adapter lives")
         else:
             assert adapter.alive, "an adapter that is well was killed: it did not look at its message in time"
         refused = frames.refused
-        await until(lambda: frames.refused > refused, "the writes of frames go on")
+        await until(lambda: frames.refused > refused, what="the writes of frames go on")
         assert bytes(medium) == after, f"a write landed late: {step}, round {number}"
     if san.plan.exists():
         san.plan.unlink()
@@ -196,7 +196,7 @@ async def test_the_proof_can_fail(san: SlowSan) -> None:
     async with victim(san, FRAMES, b"fr") as frames, victim(san, FAST, b"fa") as fast:
         for one in (fast, frames):
             await ready(one.driver, 0)
-            await until(partial(getattr, one, "writing"), "nobody writes")
+            await until(partial(getattr, one, "writing"), what="nobody writes")
         with san.blocks() as medium:
             for _ in range(20):
                 before = bytes(medium)

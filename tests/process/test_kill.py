@@ -17,7 +17,8 @@ import pytest
 import trio
 
 from tests.lab.san import San, UnitSpec
-from tests.process.driving import KIB, MIB, beside, read_10, ready, removed, rescan, told, units, until, write_10
+from tests.process.driving import KIB, MIB, beside, read_10, ready, removed, rescan, told, units, write_10
+from tests.waiting import until
 from vhostfc.frontend.driver import Response, ScsiDriver
 from vhostfc.frontend.load import GenerationTable, Load, LoadResult, Verification, run_load
 from vhostfc.frontend.probe import probe

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from tests.lab.san import San, UnitSpec, wwpn
-from tests.process.driving import read_10, ready, units, until
+from tests.process.driving import read_10, ready, units
+from tests.waiting import until
 from vhostfc.frontend.driver import ScsiDriver
 
 

@@ -16,7 +16,8 @@ import pytest
 import trio
 
 from tests.lab.san import San, UnitSpec
-from tests.process.driving import KIB, Beside, beside, digest, read_10, ready, units, until, write_10
+from tests.process.driving import KIB, Beside, beside, digest, read_10, ready, units, write_10
+from tests.waiting import until
 from vhostfc.frontend.driver import Response, ScsiDriver
 from vhostfc.frontend.load import GenerationTable, Load, Verification
 from vhostfc.frontend.scan import UnitInfo

@@ -30,17 +30,19 @@ from typing import Any, Self
 
 from tests.lab.san import Daemon
 from vhostfc import cli, log
+from vhostfc.cli import daemons
 from vhostfc.daemon import capture, control, fabric_changes, fabricd, fabrics, fdsocket, hba, notify
 from vhostfc.daemon.workers import Workers
 from vhostfc.fabric import link
-from vhostfc.fabric.target import Exchange, TargetPort
+from vhostfc.fabric.sessions import Exchange
+from vhostfc.fabric.target import TargetPort
 from vhostfc.fc.frame import Frame
 from vhostfc.ports import emulated
 from vhostfc.ports.emulated_paths import Paths
 from vhostfc.scsi.task import ScsiResult
 
 #: What a daemon imports when it runs, so that a child has nothing to load.
-LOADED = (log, capture, control, fabric_changes, fabricd, fabrics, fdsocket, hba, notify, emulated)
+LOADED = (log, daemons, capture, control, fabric_changes, fabricd, fabrics, fdsocket, hba, notify, emulated)
 
 _WRITE_10 = 0x2A
 _SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from vhostfc.config import FabricConfig, FcoeConfig, TargetConfig, UnitConfig
-from vhostfc.daemon.fabric_units import Key, Served, key
+from vhostfc.daemon.fabric_maker import key
+from vhostfc.daemon.fabric_units import Key, Served
 from vhostfc.errors import ConfigError
 from vhostfc.fabric.link import MediumKind
 from vhostfc.fabric.zoning import Zone, Zoning

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import trio
 
-from vhostfc.daemon.media import Medium
+from vhostfc.daemon.medium import Medium
 from vhostfc.native import LATCH_STRIPE, LATCH_WORDS, Latch
 
 #: The fabric's own number in every latch.

@@ -7,7 +7,7 @@ for room, so that an adapter that does not read costs no more memory than its co
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from itertools import count
 
 import structlog
@@ -143,9 +143,9 @@ class Link:
     async def _serve(self, handle: Callable[[Link, Message], None], log: structlog.typing.FilteringBoundLogger) -> None:
         async with trio.open_nursery() as nursery:
 
-            async def part(run: Callable[[], object]) -> None:
+            async def part(run: Callable[[], Awaitable[None]]) -> None:
                 try:
-                    await run()  # type: ignore[misc]
+                    await run()
                 except LinkLost as error:
                     log.warning("a link broke", adapter=self.name, pid=self.pid, reason=str(error))
                 nursery.cancel_scope.cancel()

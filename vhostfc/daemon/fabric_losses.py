@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 
-from vhostfc.daemon.media import Medium, NotSynced
+from vhostfc.daemon.medium import Medium, NotSynced
 from vhostfc.scsi.task import MediumError, Nexus
 
 _LOSSES, _DOUBTS = 0xFFFFFFFF << 32, 0xFFFFFFFF

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Protocol
 
 import trio
 
@@ -119,7 +119,7 @@ def _strings(request: Json, key: str) -> list[str] | None:
     return values
 
 
-def _named(desk: Desk, faults: Any) -> Any:
+def _named(desk: Desk, faults: object) -> object:
     """Faults without a name get one that nobody has: what they are, and a number."""
     if not isinstance(faults, list):
         return faults

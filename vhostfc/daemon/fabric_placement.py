@@ -11,12 +11,14 @@ from collections import deque
 from collections.abc import Callable, Collection, Mapping
 
 from vhostfc.config import FabricConfig, TargetConfig, UnitConfig
-from vhostfc.daemon.fabric_units import Key, Maker, Served, key
+from vhostfc.daemon.fabric_maker import Maker, key
+from vhostfc.daemon.fabric_units import Key, Served
 from vhostfc.daemon.fencing import Verdict
 from vhostfc.fabric.array import Array, Place
 from vhostfc.fabric.rations import Rations
+from vhostfc.fabric.sessions import Exchange, Session, Urgent
 from vhostfc.fabric.switch import Output, Switch
-from vhostfc.fabric.target import Exchange, Session, TargetPort, Urgent
+from vhostfc.fabric.target import TargetPort
 from vhostfc.fc.wwn import Wwn
 from vhostfc.scsi.alua import AccessState
 from vhostfc.scsi.inquiry import TargetPort as IdentityPort

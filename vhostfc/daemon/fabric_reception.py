@@ -17,8 +17,8 @@ import trio
 from vhostfc.daemon.fabric_door import Attachment, Door
 from vhostfc.daemon.fabric_link import Link, greet
 from vhostfc.daemon.fabric_locks import Process
+from vhostfc.daemon.fabric_maker import Maker
 from vhostfc.daemon.fabric_placement import Placement
-from vhostfc.daemon.fabric_units import Maker
 from vhostfc.daemon.fdsocket import LinkSocket
 from vhostfc.daemon.fencing import OURS, Opening
 from vhostfc.errors import LinkLost

@@ -8,7 +8,8 @@ from typing import Any
 from vhostfc.config import FabricConfig, UnitConfig
 from vhostfc.daemon.fabric_door import Door
 from vhostfc.daemon.fabric_faults import Desk
-from vhostfc.daemon.fabric_units import Key, Served, key
+from vhostfc.daemon.fabric_maker import key
+from vhostfc.daemon.fabric_units import Key, Served
 from vhostfc.daemon.fcoe import FcoeAttachment
 from vhostfc.daemon.fencing import Opening
 from vhostfc.fabric.array import initiator

@@ -31,12 +31,14 @@ from vhostfc.daemon.fabric_door import Door
 from vhostfc.daemon.fabric_events import Events
 from vhostfc.daemon.fabric_faults import Desk
 from vhostfc.daemon.fabric_kept import KeptReservations
+from vhostfc.daemon.fabric_maker import Maker, taken_by
 from vhostfc.daemon.fabric_orders import orders_for
 from vhostfc.daemon.fabric_placement import Placement
 from vhostfc.daemon.fabric_reception import Reception
 from vhostfc.daemon.fabric_runner import Runner
 from vhostfc.daemon.fabric_status import Json, describe, topology
-from vhostfc.daemon.fabric_units import Key, Maker, Served, Store, taken_by
+from vhostfc.daemon.fabric_store import Store
+from vhostfc.daemon.fabric_units import Key, Served
 from vhostfc.daemon.fcoe import FcoeAttachment
 from vhostfc.daemon.fdsocket import listen
 from vhostfc.daemon.notify import Notifier, PassedFd, passed_fds
@@ -44,8 +46,8 @@ from vhostfc.errors import ConfigError, VhostfcError
 from vhostfc.fabric.array import Array
 from vhostfc.fabric.faults import Active, Fault
 from vhostfc.fabric.rations import Rations
+from vhostfc.fabric.sessions import Exchange, Urgent
 from vhostfc.fabric.switch import Output, Switch
-from vhostfc.fabric.target import Exchange, Urgent
 from vhostfc.fc.wwn import Wwn
 from vhostfc.overlay import Overlay, merged
 

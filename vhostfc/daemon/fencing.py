@@ -29,7 +29,7 @@ import trio
 
 from vhostfc.daemon import fabric_locks
 from vhostfc.daemon.fabric_latch import OWNER
-from vhostfc.daemon.media import Medium
+from vhostfc.daemon.medium import Medium
 from vhostfc.fabric.link import InFlight, MediumKind, Route
 from vhostfc.fc.wwn import Wwn
 from vhostfc.scsi.task import Nexus

@@ -235,7 +235,11 @@ class Adapter:
         return await look(self._port)
 
     async def move(self, request: Json) -> Json:
-        """Give a request ring to another worker now, whatever they have to do: {"ring": 2, "worker": 1}."""
+        """Give a request ring to another worker now, whatever they have to do: {"ring": 2, "worker": 1}.
+
+        Not on the command line: the workers balance their rings themselves.  It is for who tests that nothing is
+        lost on the way (tests/bench/soak.py).
+        """
         ring, worker = request.get("ring"), request.get("worker")
         if not isinstance(worker, int) or not isinstance(ring, int) or ring not in self._workers.owners():
             raise VhostfcError(f"no such ring or worker: {ring!r}, {worker!r}")

@@ -15,9 +15,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from vhostfc.fabric.zoning import Zoning
-from vhostfc.fc import ct
-from vhostfc.fc.ct import Ct, CtError, CtIu, Explanation, Fc4Feature, PortType, Reason
+from vhostfc.fc import ct, ns
+from vhostfc.fc.ct import Ct, CtError, CtIu, Explanation, Reason
 from vhostfc.fc.frame import FcType, pack_id
+from vhostfc.fc.ns import Fc4Feature, PortType
 from vhostfc.fc.wwn import Wwn
 
 
@@ -33,7 +34,7 @@ class Entry:
     features: dict[int, int] = field(default_factory=dict)
     symbolic_name: bytes = b""
     port_type: int = PortType.N_PORT
-    classes: int = ct.CLASS_3
+    classes: int = ns.CLASS_3
 
     @property
     def is_target(self) -> bool:
@@ -96,14 +97,14 @@ class NameServer:
         """The answer to a CT_IU from N_Port_ID `asker`.  Raises FrameError when it is no CT_IU at all."""
         room = CtIu.unpack(payload).size
         try:
-            request = ct.parse_request(payload)
+            request = ns.parse_request(payload)
         except CtError as error:
             return Answer(ct.reject(error.reason, error.explanation))
         mine = self.entries.get(asker)
         if mine is None:
             return Answer(_no(Explanation.ACCESS_DENIED))
-        if isinstance(request, ct.Query):
-            if request == ct.ByPortId(Ct.DA_ID, asker):
+        if isinstance(request, ns.Query):
+            if request == ns.ByPortId(Ct.DA_ID, asker):
                 return self._deregister(mine)
             return Answer(_cut(self._query(request, mine, zoning), room))
         return self._register(mine, request)
@@ -116,55 +117,55 @@ class NameServer:
             return self._ids
         return sorted(self.by_name[peer] for peer in zoning.peers_in(mine.wwpn, self.by_name))
 
-    def _query(self, request: ct.Query, mine: Entry, zoning: Zoning) -> CtIu:
+    def _query(self, request: ns.Query, mine: Entry, zoning: Zoning) -> CtIu:
         match request:
-            case ct.ByName(Ct.GID_PN, wwpn):
+            case ns.ByName(Ct.GID_PN, wwpn):
                 port_id = self.by_name.get(wwpn)
                 if port_id is None or not zoning.visible(mine.wwpn, wwpn):
                     return _no(Explanation.PORT_NAME_NOT_REGISTERED)
                 return ct.accept(b"\0" + pack_id(port_id))
-            case ct.ByName(command, wwnn):
+            case ns.ByName(command, wwnn):
                 ports = [i for i in self._seen(mine, zoning) if self.entries[i].wwnn == wwnn]
                 if not ports:
                     return _no(Explanation.NODE_NAME_NOT_REGISTERED)
                 if command == Ct.GID_NN:
-                    return ct.accept(ct.pack_port_ids(ports))
+                    return ct.accept(ns.pack_port_ids(ports))
                 return _symbolic(self._node_names.get(wwnn, b""), Explanation.SYMBOLIC_NODE_NAME_NOT_REGISTERED)
-            case ct.ByFc4Type() | ct.GidPt() | ct.GidFf():
+            case ns.ByFc4Type() | ns.GidPt() | ns.GidFf():
                 return self._list(request, (self.entries[i] for i in self._seen(mine, zoning)))
-            case ct.ByPortId(Ct.GA_NXT, port_id):
+            case ns.ByPortId(Ct.GA_NXT, port_id):
                 return self._next(port_id, self._seen(mine, zoning))
-            case ct.ByPortId(command, port_id):
+            case ns.ByPortId(command, port_id):
                 found = self.entries.get(port_id)
                 if found is None or not zoning.visible(mine.wwpn, found.wwpn):
                     return _no(Explanation.PORT_ID_NOT_REGISTERED)
                 return _about(found, command)
 
-    def _list(self, request: ct.ByFc4Type | ct.GidPt | ct.GidFf, seen: Iterable[Entry]) -> CtIu:
+    def _list(self, request: ns.ByFc4Type | ns.GidPt | ns.GidFf, seen: Iterable[Entry]) -> CtIu:
         def wanted(entry: Entry) -> bool:
             if request.domain not in {0, entry.port_id >> 16} or request.area not in {0, entry.port_id >> 8 & 0xFF}:
                 return False
             match request:
-                case ct.GidPt(port_type):
+                case ns.GidPt(port_type):
                     return port_type in {PortType.NX_PORT, entry.port_type}
-                case ct.GidFf(features, fc4_type):
+                case ns.GidFf(features, fc4_type):
                     return bool(entry.features.get(fc4_type, 0) & features)
-                case ct.ByFc4Type(_, fc4_type):
+                case ns.ByFc4Type(_, fc4_type):
                     return fc4_type in entry.types
 
         ports = [entry for entry in seen if wanted(entry)]
         if not ports:
             return _no(_NOBODY[type(request)])
-        if isinstance(request, ct.ByFc4Type) and request.command in {Ct.GPN_FT, Ct.GNN_FT}:
+        if isinstance(request, ns.ByFc4Type) and request.command in {Ct.GPN_FT, Ct.GNN_FT}:
             by_port = request.command == Ct.GPN_FT
-            return ct.accept(ct.pack_port_names([(e.port_id, e.wwpn if by_port else e.wwnn) for e in ports]))
-        return ct.accept(ct.pack_port_ids([entry.port_id for entry in ports]))
+            return ct.accept(ns.pack_port_names([(e.port_id, e.wwpn if by_port else e.wwnn) for e in ports]))
+        return ct.accept(ns.pack_port_ids([entry.port_id for entry in ports]))
 
     def _next(self, port_id: int, seen: Sequence[int]) -> CtIu:
         """GA_NXT: the entry with the next higher id, or the first again; the asker's own is always there."""
         entry = self.entries[seen[bisect.bisect_right(seen, port_id) % len(seen)]]
         return ct.accept(
-            ct.PortEntry(
+            ns.PortEntry(
                 port_id=entry.port_id,
                 wwpn=entry.wwpn,
                 wwnn=entry.wwnn,
@@ -179,9 +180,9 @@ class NameServer:
 
     # ------------------------------------------------------------ registrations
 
-    def _register(self, mine: Entry, request: ct.Registration) -> Answer:
+    def _register(self, mine: Entry, request: ns.Registration) -> Answer:
         """A port registers for itself only."""
-        if isinstance(request, ct.RsnnNn):
+        if isinstance(request, ns.RsnnNn):
             if request.wwnn != mine.wwnn:
                 return Answer(_no(Explanation.NODE_NAME_NOT_REGISTERED))
             self._node_names[mine.wwnn] = request.name
@@ -190,23 +191,23 @@ class NameServer:
             return Answer(_no(Explanation.UNACCEPTABLE_PORT_ID))
         before, was_target = (mine.types, dict(mine.features)), mine.is_target
         match request:
-            case ct.RpnId(_, wwpn):
+            case ns.RpnId(_, wwpn):
                 if wwpn != mine.wwpn:  # zones and masks go by the name that it has logged in with
                     return Answer(_no(Explanation.ACCESS_DENIED))
-            case ct.RnnId(_, wwnn):
+            case ns.RnnId(_, wwnn):
                 self._nodes[wwnn] += 1
                 self._leave_node(mine.wwnn)
                 mine.wwnn = wwnn
-            case ct.RcsId(_, classes):
+            case ns.RcsId(_, classes):
                 mine.classes = classes
-            case ct.RptId(_, port_type):
+            case ns.RptId(_, port_type):
                 mine.port_type = port_type
-            case ct.RftId(_, types):
+            case ns.RftId(_, types):
                 mine.types = types
-            case ct.RffId(_, features, fc4_type):
+            case ns.RffId(_, features, fc4_type):
                 mine.features[fc4_type] = features
                 self._sort(mine)
-            case ct.RspnId(_, name):
+            case ns.RspnId(_, name):
                 mine.symbolic_name = name
         if (mine.types, mine.features) == before:
             return Answer(ct.accept())
@@ -216,7 +217,7 @@ class NameServer:
         """DA_ID: all that the port registered itself is gone; who it is stays, as long as it is logged in."""
         was_target = mine.is_target
         mine.types, mine.features, mine.symbolic_name = frozenset(), {}, b""
-        mine.port_type, mine.classes = PortType.N_PORT, ct.CLASS_3
+        mine.port_type, mine.classes = PortType.N_PORT, ns.CLASS_3
         self._sort(mine)
         return Answer(ct.accept(), _target_once(mine) if was_target else mine)
 
@@ -240,10 +241,10 @@ def _about(entry: Entry, command: int) -> CtIu:
         case Ct.GPT_ID:
             return ct.accept(bytes([entry.port_type, 0, 0, 0]))
         case Ct.GFT_ID:
-            types = ct.accept(ct.pack_types(entry.types))
+            types = ct.accept(ns.pack_types(entry.types))
             return types if entry.types else _no(Explanation.FC4_TYPES_NOT_REGISTERED)
         case Ct.GFF_ID:
-            features = ct.accept(ct.pack_features(entry.features))
+            features = ct.accept(ns.pack_features(entry.features))
             return features if any(entry.features.values()) else _no(Explanation.FC4_FEATURES_NOT_REGISTERED)
         case Ct.GSPN_ID:
             return _symbolic(entry.symbolic_name, Explanation.SYMBOLIC_PORT_NAME_NOT_REGISTERED)
@@ -251,13 +252,13 @@ def _about(entry: Entry, command: int) -> CtIu:
 
 
 def _symbolic(name: bytes, missing: Explanation) -> CtIu:
-    return ct.accept(ct.pack_symbolic_name(name)) if name else _no(missing)
+    return ct.accept(ns.pack_symbolic_name(name)) if name else _no(missing)
 
 
-_NOBODY: dict[type[ct.Query], Explanation] = {
-    ct.ByFc4Type: Explanation.FC4_TYPES_NOT_REGISTERED,
-    ct.GidFf: Explanation.FC4_FEATURES_NOT_REGISTERED,
-    ct.GidPt: Explanation.PORT_TYPE_NOT_REGISTERED,
+_NOBODY: dict[type[ns.Query], Explanation] = {
+    ns.ByFc4Type: Explanation.FC4_TYPES_NOT_REGISTERED,
+    ns.GidFf: Explanation.FC4_FEATURES_NOT_REGISTERED,
+    ns.GidPt: Explanation.PORT_TYPE_NOT_REGISTERED,
 }
 
 

@@ -31,7 +31,7 @@ from vhostfc.fabric.link import Note
 from vhostfc.fabric.management import ManagementServer
 from vhostfc.fabric.nameserver import Entry, NameServer
 from vhostfc.fabric.zoning import Zoning, affected
-from vhostfc.fc import ct, els
+from vhostfc.fc import els, ns
 from vhostfc.fc.els import Els, ElsError, EventQualifier, Explanation, LsRjt, Reason, ScrFunction
 from vhostfc.fc.frame import DOMAIN_CONTROLLER, Address, FcType, Frame, FrameError, RCtl, els_reply, els_request
 from vhostfc.fc.login import Login
@@ -184,7 +184,7 @@ class Switch:
         self._by_name[target.wwpn] = target.port_id
         entry = Entry(target.port_id, target.wwpn, target.wwnn, self._f_port_name(0))
         entry.types = frozenset({FcType.FCP})
-        entry.features = {FcType.FCP: ct.Fc4Feature.TARGET}
+        entry.features = {FcType.FCP: ns.Fc4Feature.TARGET}
         entry.symbolic_name = target.name.encode()
         self.names.add(entry)
         self._notice("target", {"target": target.name, "wwpn": str(target.wwpn), "port_id": f"{target.port_id:06x}"})

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from vhostfc.fc import ct
+from vhostfc.fc import ct, ns
 from vhostfc.fc.els import AddressFormat, RscnPage
 from vhostfc.fc.exchange import Event, Exchange, Timer, Wire
 from vhostfc.fc.frame import Address, FrameError
@@ -116,7 +116,7 @@ class Discovery:
 
     def _query(self, now: float) -> None:
         self._timer = None
-        request = ct.ByFc4Type(ct.Ct.GPN_FT).pack()
+        request = ns.ByFc4Type(ct.Ct.GPN_FT).pack()
         self._exchange = self._wire.ct(Address.DIRECTORY_SERVER, request, self._answer, now)
 
     def _answer(self, reply: bytes | None, now: float) -> None:
@@ -187,7 +187,7 @@ def _ports(reply: bytes | None) -> list[tuple[int, Wwn]]:
         raise FrameError("no answer")
     iu = ct.CtIu.unpack(reply)
     if iu.accepted:
-        return ct.unpack_port_names(iu.body)
+        return ns.unpack_port_names(iu.body)
     if iu.code == ct.Ct.REJECT and iu.reason == ct.Reason.UNABLE_TO_PERFORM:
         return []  # nobody is registered: so does a name server say that the list is empty
     raise FrameError(f"GPN_FT rejected: {iu}")

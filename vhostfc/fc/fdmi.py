@@ -127,12 +127,15 @@ def _request(command: Fdmi, body: bytes) -> bytes:
     return CtIu(command, body, fs_type=MANAGEMENT_SERVICE, fs_subtype=SUBTYPE).pack()
 
 
+_NOBODY = Wwn(0)
+
+
 @dataclass(frozen=True, slots=True)
 class Simple:
     """A command about an HBA (GHAT, GRPL, DHBA, DHAT: its identifier), a port (GPAT, DPRT, DPA), or all (GRHL: 0)."""
 
     command: Fdmi
-    name: Wwn = Wwn(0)  # noqa: RUF009  an int
+    name: Wwn = _NOBODY
 
     def pack(self) -> bytes:
         return _request(self.command, b"" if self.command is Fdmi.GRHL else self.name.pack())

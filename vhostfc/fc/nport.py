@@ -15,8 +15,9 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable
+from functools import partial
 
-from vhostfc.fc import bls, ct, els
+from vhostfc.fc import bls, ct, els, ns
 from vhostfc.fc.discovery import EVERYTHING, Discovery, TopologyChanged
 from vhostfc.fc.exchange import Event, LinkService, Timer, Wire
 from vhostfc.fc.fcp import TmFlag
@@ -257,18 +258,18 @@ class NPort:
             case _:
                 pass
 
-    def _registration(self, state: LocalState) -> ct.Request:
+    def _registration(self, state: LocalState) -> ns.Request:
         match state:
             case LocalState.RNN_ID:
-                return ct.RnnId(self.port_id, self.wwnn)
+                return ns.RnnId(self.port_id, self.wwnn)
             case LocalState.RSNN_NN:
-                return ct.RsnnNn(self.wwnn, self._symbolic_name)
+                return ns.RsnnNn(self.wwnn, self._symbolic_name)
             case LocalState.RSPN_ID:
-                return ct.RspnId(self.port_id, self._symbolic_name)
+                return ns.RspnId(self.port_id, self._symbolic_name)
             case LocalState.RFT_ID:
-                return ct.RftId(self.port_id, frozenset({FcType.FCP, FcType.CT}))
+                return ns.RftId(self.port_id, frozenset({FcType.FCP, FcType.CT}))
             case _:
-                return ct.RffId(self.port_id, ct.Fc4Feature.INITIATOR)
+                return ns.RffId(self.port_id, ns.Fc4Feature.INITIATOR)
 
     def _reply(self, reply: bytes | None, now: float) -> None:
         exchange, self._exchange = self._exchange, None
@@ -352,7 +353,7 @@ class NPort:
         after: Callable[[float], object] | None = None
         match request:
             case els.Rscn(pages):
-                after = lambda then: self._discovery.request(pages, then)  # noqa: E731
+                after = partial(self._discovery.request, pages)
             case els.Logo():
                 after = self._left(frame.s_id, remote)
             case els.Prli() if command == els.Els.PRLO:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -134,11 +135,11 @@ class BenchResult:
         return str(first) if first is not None else None
 
     def _threads_ns(self) -> dict[str, float]:
+        def of(name: str, run: Run) -> float | None:
+            return run.per_command((run.backend or {}).get(name))
+
         names = dict.fromkeys(name for run in self.runs if run.backend for name in run.backend)
-        found = {
-            name: _median(self.runs, lambda run, name=name: run.per_command((run.backend or {}).get(name)))  # type: ignore[misc]
-            for name in names
-        }
+        found = {name: _median(self.runs, partial(of, name)) for name in names}
         return {name: round(value, 1) for name, value in found.items() if value is not None and value >= 0.05}
 
     def as_json(self) -> dict[str, Any]:

@@ -44,8 +44,9 @@ from vhostfc.ports.fcevents import FcEvent, FcEventCode, Hint, Uevent
 from vhostfc.ports.kernel import Kernel
 from vhostfc.ports.npiv_before import Before
 from vhostfc.ports.npiv_care import HANDS_OFF, Care
-from vhostfc.ports.npiv_commands import SAM_BUSY, Commands
+from vhostfc.ports.npiv_commands import Commands
 from vhostfc.ports.npiv_paths import Paths
+from vhostfc.ports.npiv_results import SAM_BUSY
 from vhostfc.ports.npiv_survey import Survey
 from vhostfc.ports.npiv_watch import AGAIN, Watch
 from vhostfc.ports.ownfiles import OwnFiles

@@ -38,17 +38,11 @@ from vhostfc.ports.kernel import (
     Kernel,
 )
 from vhostfc.ports.npiv_paths import GRACE, Paths, transfer_limit
+from vhostfc.ports.npiv_results import INQUIRY, INVALID_FIELD, REPORT_LUNS, SAM_BUSY, clamped, nobody, result_of
 from vhostfc.ports.sysfs import Lun
 
-INQUIRY, READ_CAPACITY_10, SERVICE_ACTION_IN_16, REPORT_LUNS = 0x12, 0x25, 0x9E, 0xA0
+READ_CAPACITY_10, SERVICE_ACTION_IN_16 = 0x25, 0x9E
 READ_CAPACITY_16 = 0x10
-#: ILLEGAL REQUEST, LOGICAL UNIT NOT SUPPORTED.
-NO_SUCH_UNIT = bytes.fromhex("700005000000000a00000000250000000000")
-#: ILLEGAL REQUEST, INVALID FIELD IN CDB.
-INVALID_FIELD = bytes.fromhex("700005000000000a00000000240000000000")
-#: Peripheral qualifier 3, device type 1Fh: no device can be here (SPC-5 6.6.2).
-NOTHING_HERE = bytes([0x7F, 0, 6, 2, 31]) + bytes(31)
-SAM_BUSY, SAM_RESERVATION_CONFLICT = 0x08, 0x18
 #: How long a function waits for commands that it cannot end, seconds.
 PATIENCE = 1.0
 #: And after a reset for those that the kernel ends.
@@ -56,51 +50,9 @@ AFTER_RESET = 10.0
 _LOOK = 0.01
 #: The tag of commands that no guest has sent.
 NO_TAG = -1
-
-#: host_status of struct sg_io_hdr, in the seam's words; what is not here is FAILED.
-_OUTCOMES = {
-    0x01: Outcome.PATH_LOST,  # DID_NO_CONNECT
-    0x03: Outcome.TIMED_OUT,  # DID_TIME_OUT
-    0x04: Outcome.NO_TARGET,  # DID_BAD_TARGET
-    0x05: Outcome.GIVEN_UP,  # DID_ABORT
-    0x08: Outcome.ABORTED,  # DID_RESET
-    0x0E: Outcome.PATH_LOST,  # DID_TRANSPORT_DISRUPTED
-    0x0F: Outcome.PATH_LOST,  # DID_TRANSPORT_FAILFAST
-    0x10: Outcome.TARGET_FAILED,  # DID_TARGET_FAILURE, before Linux 5.17
-    0x14: Outcome.PATH_LOST,  # DID_TRANSPORT_MARGINAL
-}
-#: What fcoe says of commands that were under way when the port was logged out, among other things.
-_PARITY, _ERROR = 0x06, 0x07
-_STATUSES = {
-    0x02: SAM_BUSY,  # DID_BUS_BUSY
-    0x0B: SAM_BUSY,  # DID_SOFT_ERROR
-    0x0C: SAM_BUSY,  # DID_IMM_RETRY
-    0x0D: SAM_BUSY,  # DID_REQUEUE
-    0x11: SAM_RESERVATION_CONFLICT,  # DID_NEXUS_FAILURE, before Linux 5.17
-}
-
-
-#: driver_status, before Linux 5.14: DRIVER_TIMEOUT; and DRIVER_SENSE, which is no failure.  The high bits are advice.
-_DRIVER_TIMEOUT, _DRIVER_SENSE, _DRIVER_MASK = 0x06, 0x08, 0x0F
 #: write(2) of a command: the kernel has no room for it now; and there cannot be such a command here.
 _NO_ROOM = frozenset({errno.EAGAIN, errno.ENOMEM, errno.EBUSY, errno.EDOM})
 _IMPOSSIBLE = frozenset({errno.EINVAL, errno.EIO, errno.E2BIG})
-
-
-def result_of(outcome: sg.SgOutcome, length: int, *, online: bool = True) -> ScsiResult:
-    """The end of a command as the seam has it.  online: its remote port still is."""
-    if outcome.host_status in _STATUSES:
-        return ScsiResult(Outcome.COMPLETE, _STATUSES[outcome.host_status], residual=length)
-    if outcome.host_status in {_PARITY, _ERROR} and not online:
-        return ScsiResult(Outcome.PATH_LOST)
-    if outcome.host_status:
-        return ScsiResult(_OUTCOMES.get(outcome.host_status, Outcome.FAILED))
-    driver = outcome.driver_status & _DRIVER_MASK
-    if outcome.status == 0 and driver not in {0, _DRIVER_SENSE}:
-        return ScsiResult(Outcome.TIMED_OUT if driver == _DRIVER_TIMEOUT else Outcome.FAILED)
-    return ScsiResult(
-        Outcome.COMPLETE, outcome.status, outcome.sense, data_in=outcome.data_in, residual=outcome.residual
-    )
 
 
 class View(Protocol):
@@ -238,7 +190,7 @@ class Commands:
         if target is None:
             if any(other == unit and not unit.is_disk(other.disk) for other in self._view.units_of(unit.wwpn)):
                 return ScsiResult(Outcome.NO_TARGET)  # another disk stands there now
-            return _nobody(cdb, data_in)
+            return nobody(cdb, data_in)
         try:
             place = await self._place(target)
             if place is None:
@@ -470,26 +422,3 @@ class Commands:
                 await trio.sleep(_LOOK)
             return True
         return False
-
-
-def clamped(page: bytes, blocks: int) -> bytes:
-    """A Block Limits page (SBC-4 6.6.4) that allows no longer transfers than these; 0 says nothing, so it says ours."""
-    maximum, optimal = (int.from_bytes(page[at : at + 4], "big") for at in (8, 12))
-    maximum = min(maximum or blocks, blocks)
-    return page[:8] + maximum.to_bytes(4, "big") + min(optimal, maximum).to_bytes(4, "big") + page[16:]
-
-
-def _nobody(cdb: bytes, room: int) -> ScsiResult:
-    """What a target says for a LUN that it does not have, when no unit of it can be asked (SPC-5 6.6, 6.33)."""
-    if cdb[0] not in {INQUIRY, REPORT_LUNS}:
-        return ScsiResult(Outcome.COMPLETE, 2, NO_SUCH_UNIT, residual=room)
-    if cdb[0] == INQUIRY:
-        if cdb[1] & 1:
-            return ScsiResult(Outcome.COMPLETE, 2, INVALID_FIELD, residual=room)
-        data = NOTHING_HERE
-        allocated = int.from_bytes(cdb[3:5], "big")
-    else:
-        data = bytes(8)
-        allocated = int.from_bytes(cdb[6:10], "big")
-    data = data[: min(allocated, room)]
-    return ScsiResult(Outcome.COMPLETE, data_in=data, residual=room - len(data))

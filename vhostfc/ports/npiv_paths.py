@@ -111,13 +111,13 @@ class Paths:
 
     def in_flight(self, unit: Unit) -> int:
         """The workers' commands for a unit that the kernel has, whatever route they went by."""
-        credits = self._credits.get(unit)  # noqa: A001
-        return 0 if credits is None else credits.used
+        own = self._credits.get(unit)
+        return 0 if own is None else own.used
 
     def is_stale(self, unit: Unit) -> bool:
         """Something that was given up may still change what is on the medium: what comes now could be overtaken."""
-        credits = self._credits.get(unit)  # noqa: A001
-        return credits is not None and credits.stale > 0
+        own = self._credits.get(unit)
+        return own is not None and own.stale > 0
 
     @property
     def idle(self) -> bool:
@@ -127,9 +127,9 @@ class Paths:
     def spoil(self, unit: Unit) -> Callable[[], None]:
         """A command from here that may change what is on the medium was given up: the same holds for the workers' next.
         The function that this returns says that the kernel has given it back."""
-        credits = self._credits.setdefault(unit, sg.Credits(1))  # noqa: A001
-        credits.spoil(1)
-        return partial(credits.spoil, -1)
+        own = self._credits.setdefault(unit, sg.Credits(1))
+        own.spoil(1)
+        return partial(own.spoil, -1)
 
     async def open(self, unit: Unit) -> NpivPath | None:
         if self._reachable(unit) is None:
@@ -225,15 +225,15 @@ class Paths:
         share = min(MOST_FILES, math.ceil(shares(lun.queue_depth)[0] / sg.QUEUE / self._workers))
         fds, limit = await self._kernel.open_units(lun, share * self._workers)
         state = _open_state(self._kernel.sysfs.port_state_file(lun.hctl))
-        credits = self._credits.setdefault(path.unit, sg.Credits(path.workers))  # noqa: A001
-        credits.set(path.workers)
+        own = self._credits.setdefault(path.unit, sg.Credits(path.workers))
+        own.set(path.workers)
         try:
             medium = sg.SgMedium(
                 fds,
                 share=share,
                 max_transfer=transfer_limit(limit, self._segments),
                 grace=GRACE,
-                own=credits,
+                own=own,
                 host=self._host,
                 timeouts=sg.timeouts(lun.type, self._timeout),
                 port_state=state,

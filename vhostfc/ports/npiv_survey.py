@@ -8,6 +8,7 @@ says that its target's list has changed, when the fabric says that something has
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Protocol
 
 import structlog
@@ -16,7 +17,8 @@ import trio
 from vhostfc.fc.wwn import Wwn
 from vhostfc.ports.base import Outcome, RemotePortState, Unit
 from vhostfc.ports.kernel import Kernel
-from vhostfc.ports.npiv_commands import INQUIRY, REPORT_LUNS, Commands
+from vhostfc.ports.npiv_commands import Commands
+from vhostfc.ports.npiv_results import INQUIRY, REPORT_LUNS
 from vhostfc.ports.sysfs import Lun, Rport
 
 #: Seconds for a target's answer.
@@ -150,9 +152,9 @@ class Survey:
         host = self._view.host
         return host is not None and await self._write(self._kernel.sysfs.of_class("scsi_host") / host / "scan", what)
 
-    async def _write(self, path: object, text: str) -> bool:
+    async def _write(self, path: Path, text: str) -> bool:
         try:
-            await self._kernel.write(path, text.encode())  # type: ignore[arg-type]
+            await self._kernel.write(path, text.encode())
         except OSError as error:
             self._log.info("the kernel does not", path=str(path), wanted=text, reason=error.strerror)
             return False

@@ -16,7 +16,7 @@ Errors in the parameter list of OVERWRITE are reported as INVALID FIELD IN CDB: 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Protocol
 
@@ -25,7 +25,17 @@ from vhostfc.scsi import cdb as fields
 from vhostfc.scsi.cdb import Command
 from vhostfc.scsi.inquiry import Identity
 from vhostfc.scsi.sense import Asc, CheckCondition, Progress, Sense, SenseKey, invalid_cdb
-from vhostfc.scsi.task import Background, Effect, Fill, Flush, KeepNote, MediumError, ScsiResult, Steps, Task
+from vhostfc.scsi.task import (
+    Background,
+    BackgroundSteps,
+    Fill,
+    Flush,
+    KeepNote,
+    MediumError,
+    ScsiResult,
+    Steps,
+    Task,
+)
 
 #: The name of the note.
 NOTE = "sanitize"
@@ -185,7 +195,7 @@ def sanitize(unit: Unit, command: Command, task: Task) -> Steps:
     return ScsiResult()
 
 
-def operate(unit: Unit, operation: Operation, *, immediate: bool) -> Generator[Effect, object, None]:
+def operate(unit: Unit, operation: Operation, *, immediate: bool) -> BackgroundSteps:
     """Do it, in the background; immediate: the command is answered before.  Raises CheckCondition."""
     here = unit.sanitizing
     before = here.operation
@@ -203,7 +213,7 @@ def operate(unit: Unit, operation: Operation, *, immediate: bool) -> Generator[E
         raise CheckCondition(operation.failure)
 
 
-def resume(unit: Unit) -> Generator[Effect, object, None] | None:
+def resume(unit: Unit) -> BackgroundSteps | None:
     """Steps, for the background, that bring to its end what an earlier life had begun (SBC-4 4.11.2); None: nothing."""
     here = unit.sanitizing
     if not here.suspended or here.operation is None:
@@ -215,7 +225,7 @@ def resume(unit: Unit) -> Generator[Effect, object, None] | None:
     return _steps(unit, here.operation)
 
 
-def _exit(here: Sanitizing) -> Generator[Effect, object, None]:
+def _exit(here: Sanitizing) -> BackgroundSteps:
     """EXIT FAILURE MODE: the data that is left may be looked at, when whoever began it said so."""
     if here.restricted:
         raise invalid_cdb(1, 4)
@@ -239,7 +249,7 @@ def _overwrite(operation: Operation, data: bytes, length: int, block_size: int) 
     return replace(operation, pattern=data[4 : 4 + size].hex(), count=count, invert=bool(data[0] & 0x80))
 
 
-def _steps(unit: Unit, operation: Operation) -> Generator[Effect, object, None]:
+def _steps(unit: Unit, operation: Operation) -> BackgroundSteps:
     here, size = unit.sanitizing, unit.identity.block_size
     passes = list(operation.passes(unit.identity))
     failed = False

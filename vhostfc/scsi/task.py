@@ -196,7 +196,7 @@ class KeepNote:
 class Background:
     """Run these steps to their end, whatever becomes of the command.  wait: answered then, else at once."""
 
-    steps: Generator[Effect, object, None]
+    steps: BackgroundSteps
     wait: bool
 
 
@@ -235,3 +235,5 @@ class Withdrawn(Exception):
 Steps = Generator[Effect, object, ScsiResult]
 #: What manage() returns; run like Steps.
 ManageSteps = Generator[Effect, object, ServiceResponse]
+#: What goes on in the background; its end is all that it answers.
+BackgroundSteps = Generator[Effect, object, None]

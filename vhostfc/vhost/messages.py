@@ -98,6 +98,7 @@ class _Fixed:
 
     __slots__ = ()
     _wire: ClassVar[struct.Struct]
+    __match_args__: ClassVar[tuple[str, ...]]  # the fields, as dataclass() has them
     LONGEST: ClassVar[int]
 
     def __init_subclass__(cls, wire: str = "", **kwargs: object) -> None:
@@ -108,7 +109,7 @@ class _Fixed:
             cls.LONGEST = cls._wire.size
 
     def pack(self) -> bytes:
-        return self._wire.pack(*(getattr(self, name) for name in self.__dataclass_fields__))  # type: ignore[attr-defined]
+        return self._wire.pack(*(getattr(self, name) for name in self.__match_args__))
 
     @classmethod
     def unpack(cls, data: bytes) -> Self:
