@@ -344,6 +344,8 @@ static inline bool is_torn(struct worker *worker, const struct command *command)
 
 /* vscsi.c: decides where the command of ->header goes: answer, punt, or (true) the path in ->cmd. */
 bool vscsi_dispatch(struct worker *worker, struct command *command);
+/* ->target and ->lun, in whichever way ->header spells them; false: it names nothing. */
+bool vscsi_address(struct command *command);
 /* Takes out of a route's mask what C cannot run. */
 void vscsi_limit_mask(uint8_t mask[32], bool read_only);
 
