@@ -316,6 +316,7 @@ struct vfc_stats {
 	uint64_t aborted;
 	uint64_t abandoned;
 	uint64_t parked;		/* waits for a latch */
+	uint64_t held;			/* ORDERED, or behind one that is: waits for its turn */
 	uint64_t medium_errors;
 	uint64_t bad_chain;		/* loop, too long, order, next out of range */
 	uint64_t bad_address;		/* outside every region, or wraps */

@@ -122,7 +122,8 @@ static inline enum vfc_why examine(const struct worker *worker, const struct com
 
 /*
  * To a device that takes commands as they are: nothing is looked at but what Python wants to see itself.  Linux's
- * interface knows no task attributes, so each goes as SIMPLE, as it does from any program on a host.
+ * interface knows no task attributes, so each goes as SIMPLE, as it does from any program on a host.  What an ORDERED
+ * one asks for is kept all the same: of its ring it is alone with the device (order.c).
  */
 static __attribute__((noinline)) bool pass_through(struct worker *worker, struct command *command, struct route *route)
 {

@@ -355,6 +355,8 @@ static int patience(const struct worker *worker)
 {
 	uint64_t now, first = UINT64_MAX;
 
+	if (!TAILQ_EMPTY(&worker->loose))
+		return 0;
 	if (worker->parked || worker->polled)
 		return 1;
 	if (!worker->stopping)
@@ -436,6 +438,7 @@ void *worker_main(void *argument)
 	const struct vfc_path_ops *files = worker->files->ops;
 
 	worker->parked_last = &worker->parked;
+	TAILQ_INIT(&worker->loose);
 	worker->pace.since = worker_now();
 	epoll_ctl(worker->epoll_fd, EPOLL_CTL_ADD, worker->box.wake_fd, &mailbox);
 	epoll_ctl(worker->epoll_fd, EPOLL_CTL_ADD, files->wait_fd(worker->files), &completions);
@@ -454,6 +457,7 @@ void *worker_main(void *argument)
 		/* What was reaped may be what others waited for: they go before what comes new. */
 		if (worker->parked)
 			command_retry(worker, worker_now());
+		order_let_go(worker);
 		/* Those, and the rest of what was reaped half done. */
 		files->flush(worker->files);
 		ring_publish_all(worker);

@@ -269,6 +269,7 @@ class Stats:
     aborted: int
     abandoned: int
     parked: int
+    held: int
     medium_errors: int
     bad_chain: int
     bad_address: int
