@@ -210,6 +210,7 @@ struct vfc_route {
 #define VFC_MATCH_TAG 1
 #define VFC_MATCH_LUN 2		/* without it: all LUNs of the target */
 #define VFC_MATCH_TARGET 4	/* without it: everything */
+#define VFC_MATCH_HELD 8	/* only those that have not begun, because of a task attribute */
 
 struct vfc_match {
 	uint8_t target;

@@ -127,7 +127,8 @@ static bool matches(const struct command *command, const struct vfc_match *match
 	memcpy(&tag, command->header + 8, sizeof(tag));
 	return !((match->flags & VFC_MATCH_TARGET && command->target != match->target) ||
 		 (match->flags & VFC_MATCH_LUN && command->lun != match->lun) ||
-		 (match->flags & VFC_MATCH_TAG && tag != match->tag));
+		 (match->flags & VFC_MATCH_TAG && tag != match->tag) ||
+		 (match->flags & VFC_MATCH_HELD && command->state != COMMAND_HELD));
 }
 
 static void abort_or_query(struct worker *worker, struct mail *mail)

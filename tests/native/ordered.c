@@ -416,6 +416,11 @@ TEST(a_held_one_is_aborted)
 	msg = abort_of(2);
 	msg.kind = VFC_MSG_QUERY;
 	CHECK_EQUAL(guest_ask(&guest, 0, &msg).value, 1);
+	msg.match.flags |= VFC_MATCH_HELD;
+	CHECK_EQUAL(guest_ask(&guest, 0, &msg).value, 1);
+	msg = abort_of(1);
+	msg.match.flags |= VFC_MATCH_HELD;
+	CHECK_EQUAL(guest_ask(&guest, 0, &msg).value, 0);
 	msg = abort_of(4);
 	CHECK_EQUAL(guest_ask(&guest, 0, &msg).value, 1);
 	answered(4, S_ABORTED);

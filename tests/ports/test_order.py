@@ -19,6 +19,7 @@ from tests.ports.driven import DrivenFabric, DrivenPort
 from tests.ports.test_contract import RealSan
 from tests.ports.test_contract_npiv import FakeKernelSan
 from vhostfc.ports.base import Fabric, Unit
+from vhostfc.virtio.scsi import Response, TmfSubtype
 
 
 @asynccontextmanager
@@ -112,6 +113,30 @@ async def test_a_device_that_is_slow(tmp_path: Path, nursery: trio.Nursery, styl
         assert bytes(unit.data[8 * 512 : 9 * 512]) == block(3)
         assert ordered[1].data is not None
         assert bytes(ordered[1].data.view) == block(2)
+
+
+async def test_a_task_that_waits_is_aborted(tmp_path: Path, nursery: trio.Nursery) -> None:
+    """The kernel cannot take a command back, but it has not got this one."""
+    san = FakeKernelSan(tmp_path, nursery, "lpfc")
+    async with stream(san) as ring:
+        unit = san.array.units[0]
+        unit.hold = True
+        before, ordered = ring.put(WRITE, SIMPLE, block(1)), ring.put(WRITE, ORDERED, block(2))
+        after = ring.put(INQUIRY, SIMPLE, 36)
+        ring.show()
+        with trio.fail_after(10):
+            while not any(node.held for node in san.kernel.nodes.values()):
+                await trio.testing.wait_all_tasks_blocked(0.001)
+        function = TmfSubtype.ABORT_TASK
+        assert await ring.driver.manage(function, ring.target, 0, tag=0) == Response.FUNCTION_REJECTED
+        assert await ring.driver.manage(function, ring.target, 0, tag=1) == Response.FUNCTION_COMPLETE
+        await ring.until(ordered)
+        assert ordered.answer.response == Response.ABORTED
+        assert before.place is None
+        unit.hold = False
+        san.kernel.release(san.array)
+        await ring.until(before, after)
+        assert bytes(unit.data[8 * 512 : 9 * 512]) == block(1)
 
 
 async def test_a_random_stream_to_a_device(tmp_path: Path, nursery: trio.Nursery) -> None:
