@@ -35,6 +35,8 @@ static inline void release(struct worker *worker, struct command *command, uint3
 		ring_mark_dirty(worker, ring);
 	}
 	command->state = COMMAND_FREE;
+	if (__builtin_expect(command->set != NULL, 0))
+		order_leave(worker, command);
 	view_put(worker, command->view);
 	add_to(&worker->work[ring->index], command->chain.read_bytes + command->chain.write_bytes);
 	ADD(worker, in_flight, -1);
@@ -445,6 +447,9 @@ bool command_kill(struct worker *worker, struct command *command, uint8_t respon
 	bool control = command->ring->role == VFC_RING_CONTROL;
 
 	switch (command->state) {
+	case COMMAND_HELD:
+		order_drop(worker, command);
+		break;
 	case COMMAND_PARKED:
 		command_unpark(worker, command);
 		break;

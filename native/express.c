@@ -7,6 +7,10 @@
  * to intake.c, which looks anew at all of it; nothing of what was seen here counts then.  Of what the driver can change
  * meanwhile each word is loaded once, checked, and used.
  *
+ * They overtake what is left of their batch, which is theirs to do among SIMPLE ones.  What comes behind one that is
+ * ORDERED, or that keeps its attribute where it is not seen from here, is left to intake.c as well; and so is everything
+ * while the ring has such a command in flight (order.c).
+ *
  * A batch goes step by step (see intake.c): tables, headers, media, copies.
  */
 #include <string.h>
@@ -183,6 +187,53 @@ static inline bool read_header(const struct worker *worker, struct express *expr
 	return true;
 }
 
+/* Whether this one, that is none of ours, might be ORDERED; looked at as vq_gather() will. */
+static bool may_be_ordered(const struct ring *ring, struct window *window, bool packed, uint16_t head)
+{
+	const struct vq *vq = &ring->vq;
+	volatile uint64_t *desc = vq->desc + 2 * (size_t)(packed ? vq->places[head].first : head);
+	uint64_t gpa = desc[0], what = desc[1];
+	volatile const uint8_t *at;
+
+	if (what >> (packed ? 48 : 32) & VQ_DESC_INDIRECT) {
+		at = translate(window, ring->worker->view, gpa, 2 * sizeof(uint64_t));
+		if (!at)
+			return true;
+		gpa = once64(at);
+		what = once64(at + sizeof(uint64_t));
+	}
+	if ((uint32_t)what <= HEADER_ATTRIBUTE)
+		return true;
+	at = translate(window, ring->worker->view, gpa, HEADER_ATTRIBUTE + 1);
+	return !at || at[HEADER_ATTRIBUTE] == ATTRIBUTE_ORDERED;
+}
+
+/* Of all[] to end those that stand before what must not be overtaken; returns their end. */
+static __attribute__((noinline)) struct express *keep_order(const struct ring *ring, struct window *window, bool packed,
+							     const uint16_t *heads, unsigned count,
+							     struct express *all, struct express *end)
+{
+	uint32_t ours = 0, first;
+
+	for (struct express *express = all; express < end; express++)
+		ours |= express->bit;
+	for (unsigned i = 0; i < count; i++) {
+		first = 1u << i;
+		/* Nobody left that stands behind it. */
+		if (ours < first)
+			break;
+		if (ours & first || !may_be_ordered(ring, window, packed, heads[i]))
+			continue;
+		for (struct express *express = all; express < end;)
+			if (express->bit > first)
+				*express = *--end;
+			else
+				express++;
+		break;
+	}
+	return end;
+}
+
 static inline void fetch_medium(const struct express *express)
 {
 	/* The page's address and its first lines; what reads in sequence is fetched ahead by the machine. */
@@ -276,6 +327,8 @@ static inline __attribute__((always_inline)) void run(struct worker *worker, str
 			fetch_medium(express);
 		express++;
 	}
+	if (__builtin_expect(end < all + count, 0))
+		end = keep_order(ring, &window, packed, heads, count, all, end);
 	for (express = all; express < end;) {
 		/* What a page was that went meanwhile, nobody knows: again, and closely. */
 		if (__builtin_expect(!move(express) || guard_any_torn(), 0)) {
@@ -310,8 +363,8 @@ static inline __attribute__((always_inline)) void run(struct worker *worker, str
 
 void express_run(struct worker *worker, struct ring *ring, uint16_t *heads, unsigned count, struct hold *hold)
 {
-	/* A page that has gone, or a command that others give way to, need a closer look; files wait. */
-	if (guard_any_torn() || worker->starving || !ring->vq.indirect ||
+	/* A page that has gone, or a command that others wait for, need a closer look; files wait. */
+	if (guard_any_torn() || worker->starving || ring->ordered || !ring->vq.indirect ||
 	    (worker->recent && worker->recent->path.engine != worker->media))
 		intake_hold(worker, ring, heads, count, hold);
 	else if (ring->vq.packed)

@@ -27,6 +27,7 @@ struct command *intake_claim(struct worker *worker, struct ring *ring, uint16_t 
 	command->route = NULL;
 	command->doomed = false;
 	command->waiter = NULL;
+	command->set = NULL;
 	ring->in_flight++;
 	return command;
 }
@@ -118,7 +119,7 @@ static __attribute__((noinline)) void place(struct command *command)
 	place_answer(command);
 }
 
-/* True: the path is next; else it is answered, or with Python. */
+/* True: the path is next; else it is answered, held, or with Python. */
 static inline bool accept(struct worker *worker, struct command *command)
 {
 	if (__builtin_expect(command->bad, 0)) {
@@ -144,7 +145,12 @@ static inline bool accept(struct worker *worker, struct command *command)
 		command_respond(worker, command, VIRTIO_SCSI_S_FAILURE, 0);
 		return false;
 	}
-	return vscsi_dispatch(worker, command);
+	if (__builtin_expect(order_matters(command), 0) && !order_take(worker, command))
+		return false;
+	if (!vscsi_dispatch(worker, command))
+		return false;
+	command->state = COMMAND_READY;
+	return true;
 }
 
 void intake_hold(struct worker *worker, struct ring *ring, const uint16_t *heads, unsigned count, struct hold *hold)

@@ -72,9 +72,15 @@ static void free_pool(struct ring *ring)
 		munmap(ring->pool, ring->pool_size * sizeof(*ring->pool));
 	if (ring->slab)
 		munmap(ring->slab, ring->pool_size * sizeof(*ring->slab) * VQ_MAX_IOV);
+	if (ring->sets)
+		munmap(ring->sets, ring->pool_size * sizeof(*ring->sets));
+	if (ring->set_lists)
+		munmap(ring->set_lists, ring->pool_size * sizeof(*ring->set_lists));
 	free(ring->places);
 	ring->pool = NULL;
 	ring->slab = NULL;
+	ring->sets = NULL;
+	ring->set_lists = NULL;
 	ring->places = NULL;
 	ring->pool_size = 0;
 }
@@ -94,8 +100,10 @@ static int make_pool(struct ring *ring, uint32_t size)
 	ring->pool_size = size;
 	ring->pool = lazy(size * sizeof(*ring->pool));
 	ring->slab = lazy(size * sizeof(*ring->slab) * VQ_MAX_IOV);
+	ring->sets = lazy(size * sizeof(*ring->sets));
+	ring->set_lists = lazy(size * sizeof(*ring->set_lists));
 	ring->places = calloc(size, sizeof(*ring->places));
-	if (ring->pool && ring->slab && ring->places)
+	if (ring->pool && ring->slab && ring->sets && ring->set_lists && ring->places)
 		return 0;
 	free_pool(ring);
 	return -ENOMEM;

@@ -21,6 +21,9 @@ enum {
 /* struct virtio_scsi_req_cmd */
 #define HEADER_ATTRIBUTE 16
 #define HEADER_CDB 19
+/* virtio 1.3, 5.6.6.1: task_attr */
 #define ATTRIBUTE_SIMPLE 0
+#define ATTRIBUTE_ORDERED 1
+#define ATTRIBUTE_HEAD_OF_QUEUE 2
 
 #endif

@@ -210,6 +210,7 @@ struct vfc_route {
 #define VFC_MATCH_TAG 1
 #define VFC_MATCH_LUN 2		/* without it: all LUNs of the target */
 #define VFC_MATCH_TARGET 4	/* without it: everything */
+#define VFC_MATCH_HELD 8	/* only those that have not begun, because of a task attribute */
 
 struct vfc_match {
 	uint8_t target;
@@ -316,6 +317,7 @@ struct vfc_stats {
 	uint64_t aborted;
 	uint64_t abandoned;
 	uint64_t parked;		/* waits for a latch */
+	uint64_t held;			/* ORDERED, or behind one that is: waits for its turn */
 	uint64_t medium_errors;
 	uint64_t bad_chain;		/* loop, too long, order, next out of range */
 	uint64_t bad_address;		/* outside every region, or wraps */

@@ -122,7 +122,8 @@ static inline enum vfc_why examine(const struct worker *worker, const struct com
 
 /*
  * To a device that takes commands as they are: nothing is looked at but what Python wants to see itself.  Linux's
- * interface knows no task attributes, so each goes as SIMPLE, as it does from any program on a host.
+ * interface knows no task attributes, so each goes as SIMPLE, as it does from any program on a host.  What an ORDERED
+ * one asks for is kept all the same: of its ring it is alone with the device (order.c).
  */
 static __attribute__((noinline)) bool pass_through(struct worker *worker, struct command *command, struct route *route)
 {
@@ -193,34 +194,39 @@ static inline bool run(struct worker *worker, struct command *command, struct ro
 	return true;
 }
 
-static __attribute__((noinline)) bool dispatch(struct worker *worker, struct command *command)
+bool vscsi_address(struct command *command)
 {
 	static const uint8_t report_luns[8] = { 0xc1, 0x01 };
 	const uint8_t *lun = command->header;
-	struct route *route = NULL;
-	bool addressed = true;
 
 	/* virtio 1.3, 5.6.6.1: 1, target, single-level LUN; or the REPORT LUNS well-known unit, which names no target */
 	if (lun[0] == 1 && !(lun[2] & 0x80)) {
 		command->target = lun[1];
 		command->lun = (uint16_t)((lun[2] & 0x3f) << 8 | lun[3]);
-		route = route_find(worker, command->target, command->lun);
-	} else if (!memcmp(lun, report_luns, sizeof(report_luns))) {
-		command->target = 0;
-		command->lun = REPORT_LUNS_WLUN;
-	} else {
-		addressed = false;
+		return true;
 	}
-	if (!addressed || !worker->targets[command->target]) {
+	if (memcmp(lun, report_luns, sizeof(report_luns)) != 0)
+		return false;
+	command->target = 0;
+	command->lun = REPORT_LUNS_WLUN;
+	return true;
+}
+
+static __attribute__((noinline)) bool dispatch(struct worker *worker, struct command *command)
+{
+	struct route *route;
+
+	if (!vscsi_address(command) || !worker->targets[command->target]) {
 		COUNT(worker, bad_target);
 		command_respond(worker, command, VIRTIO_SCSI_S_BAD_TARGET, 0);
 		return false;
 	}
+	route = route_find(worker, command->target, command->lun);
 	if (!route) {
 		command_punt(worker, command, VFC_WHY_NO_ROUTE);
 		return false;
 	}
-	memcpy(&worker->recent_address, lun, sizeof(worker->recent_address));
+	memcpy(&worker->recent_address, command->header, sizeof(worker->recent_address));
 	worker->recent = route;
 	return run(worker, command, route);
 }

@@ -132,7 +132,8 @@ static bool matches(const struct command *command, const struct vfc_match *match
 	memcpy(&tag, command->header + 8, sizeof(tag));
 	return !((match->flags & VFC_MATCH_TARGET && command->target != match->target) ||
 		 (match->flags & VFC_MATCH_LUN && command->lun != match->lun) ||
-		 (match->flags & VFC_MATCH_TAG && tag != match->tag));
+		 (match->flags & VFC_MATCH_TAG && tag != match->tag) ||
+		 (match->flags & VFC_MATCH_HELD && command->state != COMMAND_HELD));
 }
 
 static void abort_or_query(struct worker *worker, struct mail *mail)
@@ -362,6 +363,8 @@ static int patience(const struct worker *worker)
 {
 	uint64_t now, first = UINT64_MAX;
 
+	if (!TAILQ_EMPTY(&worker->loose))
+		return 0;
 	if (worker->parked || worker->polled)
 		return 1;
 	if (!worker->stopping)
@@ -443,6 +446,7 @@ void *worker_main(void *argument)
 	const struct vfc_path_ops *files = worker->files->ops;
 
 	worker->parked_last = &worker->parked;
+	TAILQ_INIT(&worker->loose);
 	worker->pace.since = worker_now();
 	epoll_ctl(worker->epoll_fd, EPOLL_CTL_ADD, worker->box.wake_fd, &mailbox);
 	epoll_ctl(worker->epoll_fd, EPOLL_CTL_ADD, files->wait_fd(worker->files), &completions);
@@ -462,6 +466,7 @@ void *worker_main(void *argument)
 		/* What was reaped may be what others waited for: they go before what comes new. */
 		if (worker->parked)
 			command_retry(worker, worker_now());
+		order_let_go(worker);
 		/* Those, and the rest of what was reaped half done. */
 		files->flush(worker->files);
 		ring_publish_all(worker);

@@ -7,6 +7,7 @@
  *	route.c   where (target, lun) leads; draining what was replaced
  *	intake.c  taking commands from a ring
  *	express.c the few commands that are nearly all of them, from the ring to the used ring in one go
+ *	order.c   task attributes: commands that wait for others of their unit
  *	command.c the life of one command: run, parked, punted, answered
  *	vscsi.c   what a virtio-scsi request says
  *	path_*.c  where commands go: memory, files, and (path_sg*.c) devices that take them as they are
@@ -19,10 +20,12 @@
 #include <stdatomic.h>
 #include <stdbool.h>
 #include <stdint.h>
+#include <sys/queue.h>
 
 #include "mailbox.h"
 #include "medium.h"
 #include "path.h"
+#include "scsi.h"
 #include "vhostfc.h"
 #include "virtq.h"
 
@@ -74,6 +77,8 @@ struct route_pages {
 enum command_state {
 	COMMAND_FREE,
 	COMMAND_TAKEN,		/* from the ring, and not looked at yet */
+	COMMAND_HELD,		/* waits for others of its unit to end (order.c) */
+	COMMAND_READY,		/* its path is next, in this batch */
 	COMMAND_RUNNING,	/* the path has it */
 	COMMAND_PARKED,		/* waits for a latch or a limit */
 	COMMAND_PUNTED,		/* Python has it */
@@ -100,6 +105,8 @@ struct command {
 	struct iovec *out, *in;
 	uint32_t out_pieces, in_pieces;
 	uint32_t out_bytes, in_bytes;
+	struct task_set *set;	/* NULL: nobody asks what order it has */
+	TAILQ_ENTRY(command) turn;	/* HELD */
 	struct command *next;	/* parked */
 	struct mail *waiter;	/* the ABORT that counts on a doomed one */
 	uint64_t parked_since;	/* ns; by this holder */
@@ -109,6 +116,18 @@ struct command {
 	uint8_t header[REQUEST_HEADER];
 	struct iovec few[FEW_IOV];
 };
+
+/* A ring's commands for one unit, while it matters who came first; see order.c. */
+struct task_set {
+	uint32_t address;	/* target, LUN */
+	uint32_t under_way;	/* in flight, and not held */
+	bool alone;		/* one of those is ORDERED */
+	bool loose;		/* in the worker's list: the first that is held may begin */
+	TAILQ_HEAD(, command) held;	/* as they came */
+	LIST_ENTRY(task_set) others;	/* whose addresses are alike, or that are spare */
+	TAILQ_ENTRY(task_set) turn;	/* loose */
+};
+LIST_HEAD(set_list, task_set);
 
 struct ring {
 	struct worker *worker;
@@ -126,6 +145,11 @@ struct ring {
 	uintptr_t last_header, last_answer;	/* where a command was: no more than a guess at the next, never used */
 	int kick_fd, call_fd, err_fd;
 	uint32_t in_flight;
+	uint32_t ordered;	/* ORDERED commands, held or not */
+	uint32_t set_count;	/* in use */
+	struct task_set *sets;	/* pool_size, touched when there is an ORDERED command */
+	struct set_list *set_lists;	/* by address modulo pool_size; as many */
+	struct set_list spare_sets;	/* of sets[]: were in use since there were none */
 	struct command *pool;	/* by head */
 	struct iovec *slab;	/* VQ_MAX_IOV by head, touched by large commands only */
 	struct vq_place *places;	/* packed rings */
@@ -186,6 +210,7 @@ struct worker {
 	struct route *draining;
 	struct command *parked, **parked_last;
 	struct command *starving;	/* a parked one that others give way to */
+	TAILQ_HEAD(, task_set) loose;	/* some that are held may begin */
 	struct ring *event_ring;
 	bool hungry;		/* an event found no buffer: tell when there are some */
 	uint32_t stopping;	/* rings with a stop under way */
@@ -343,8 +368,25 @@ static inline bool is_torn(struct worker *worker, const struct command *command)
 	return __builtin_expect(guard_any_torn(), 0) && command_found_torn(worker, command);
 }
 
+/* order.c */
+/* True: it may begin; else it is held.  To be asked wherever order_matters(). */
+bool order_take(struct worker *worker, struct command *command);
+/* It has ended, and had a task set. */
+void order_leave(struct worker *worker, struct command *command);
+/* It is held, and will be answered without having begun. */
+void order_drop(struct worker *worker, struct command *command);
+/* Begins some of those that were held and may begin now. */
+void order_let_go(struct worker *worker);
+
+static inline bool order_matters(const struct command *command)
+{
+	return command->ring->set_count || command->header[HEADER_ATTRIBUTE] == ATTRIBUTE_ORDERED;
+}
+
 /* vscsi.c: decides where the command of ->header goes: answer, punt, or (true) the path in ->cmd. */
 bool vscsi_dispatch(struct worker *worker, struct command *command);
+/* ->target and ->lun, in whichever way ->header spells them; false: it names nothing. */
+bool vscsi_address(struct command *command);
 /* Takes out of a route's mask what C cannot run. */
 void vscsi_limit_mask(uint8_t mask[32], bool read_only);
 

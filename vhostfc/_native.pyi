@@ -18,6 +18,7 @@ class _Lib:
     VFC_MATCH_TAG: int
     VFC_MATCH_LUN: int
     VFC_MATCH_TARGET: int
+    VFC_MATCH_HELD: int
     VFC_MEDIUM_MEMORY: int
     VFC_MEDIUM_FILE: int
     VFC_MEDIUM_DIRECT: int

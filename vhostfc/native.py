@@ -269,6 +269,7 @@ class Stats:
     aborted: int
     abandoned: int
     parked: int
+    held: int
     medium_errors: int
     bad_chain: int
     bad_address: int
@@ -319,12 +320,16 @@ class InFlight(enum.IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Match:
-    """Which commands; None matches all.  response: what ABORT answers them with (virtio-scsi)."""
+    """Which commands; None matches all.  response: what ABORT answers them with (virtio-scsi).
+
+    held: only those that have not begun, because of a task attribute.
+    """
 
     target: int | None = None
     lun: int | None = None
     tag: int | None = None
     response: int = 0
+    held: bool = False
 
 
 class Engine:
@@ -585,6 +590,8 @@ class Engine:
         if match.tag is not None:
             wish.flags |= lib.VFC_MATCH_TAG
             wish.tag = match.tag
+        if match.held:
+            wish.flags |= lib.VFC_MATCH_HELD
         self._post(worker, message)
 
     def event(self, worker: int, seq: int, event: bytes) -> None:

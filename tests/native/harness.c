@@ -12,7 +12,7 @@
 
 #include "harness.h"
 
-#define MAX_TESTS 256
+#define MAX_TESTS 512
 #define PATIENCE 20000	/* ms until a test that waits has failed */
 
 static struct {

@@ -21,6 +21,7 @@ SOURCES = {
     "address": (
         "malformed",
         "requests",
+        "ordered",
         "rings",
         "packed",
         "polling",
@@ -33,10 +34,10 @@ SOURCES = {
         "memory",
         "together",
     ),
-    "thread": ("rings", "packed", "polling", "moves", "fencing", "paths", "losses", "memory", "together"),
+    "thread": ("ordered", "rings", "packed", "polling", "moves", "fencing", "paths", "losses", "memory", "together"),
 }
 #: Tests that are about commands, and so run over rings of each layout (see HARNESS_LAYOUT in harness.h).
-COMMANDS = ("requests", "fencing", "paths", "generic", "kept", "memory")
+COMMANDS = ("requests", "ordered", "fencing", "paths", "generic", "kept", "memory")
 #: Those of them that look into a split ring themselves.
 OF_SPLIT_RINGS = {
     "abort_and_query_match",

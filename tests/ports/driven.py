@@ -54,17 +54,17 @@ _RESPONSES = {
 
 
 class DrivenPort:
-    """See the head of the file; what is not here is the inner port's."""
+    """See the head of the file; what is not here is the inner port's.  driver: the guest's."""
 
     def __init__(self, adapter: Adapter, driver: ScsiDriver, inner: Port) -> None:
         self._adapter = adapter
-        self._driver = driver
+        self.driver = driver
         self.identity = inner.identity
         self.snapshot = inner.snapshot
         self.events = inner.events
         self.rescan = inner.rescan
 
-    def _address(self, unit: Unit) -> tuple[int, int]:
+    def address(self, unit: Unit) -> tuple[int, int]:
         """Where the guest has it, or would have it."""
         lun = int.from_bytes(unit.lun[:2], "big")
         for remote in self.snapshot().remote_ports:
@@ -75,9 +75,7 @@ class DrivenPort:
     async def execute(
         self, unit: Unit, cdb: bytes, *, data_out: bytes = b"", data_in: int = 0, attribute: int = 0, tag: int = 0
     ) -> ScsiResult:
-        answer = await self._driver.command(
-            *self._address(unit), cdb, data_out, data_in, attribute, tag=tag, timeout=25
-        )
+        answer = await self.driver.command(*self.address(unit), cdb, data_out, data_in, attribute, tag=tag, timeout=25)
         return ScsiResult(
             _OUTCOMES[Response(answer.response)],
             answer.status,
@@ -89,7 +87,7 @@ class DrivenPort:
 
     async def manage(self, unit: Unit, function: TaskManagement, tag: int | None = None) -> TaskManagementResponse:
         subtype = TmfSubtype[function.name]
-        return _RESPONSES[Response(await self._driver.manage(subtype, *self._address(unit), tag or 0))]
+        return _RESPONSES[Response(await self.driver.manage(subtype, *self.address(unit), tag or 0))]
 
 
 class DrivenFabric:

@@ -8,6 +8,7 @@ the workers (so that its completion is in the guest's used ring), and is answere
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -239,8 +240,14 @@ class Commands:
             self._ending.remove(match)
 
     async def _end(self, port: Port, unit: Unit, function: TaskManagement, match: Match) -> int:
-        """A function that ends commands: at the target, then in the workers."""
-        response = await port.manage(unit, function, tag=match.tag)
+        """A function that ends commands: at the target, then in the workers.
+
+        One task that has not begun needs nobody else's word, and an HBA's port could only say when it is idle.
+        """
+        response = TaskManagementResponse.FUNCTION_COMPLETE
+        one = function is TaskManagement.ABORT_TASK
+        if not (one and (await self._workers.abort(dataclasses.replace(match, held=True))).ended):
+            response = await port.manage(unit, function, tag=match.tag)
         if response is TaskManagementResponse.FUNCTION_COMPLETE:
             aborted = await self._workers.abort(match)
             if aborted.kept:
