@@ -173,10 +173,19 @@ def test_all_tg_pt_registers_through_every_port(cluster: Cluster) -> None:
 
 
 def test_spec_i_pt_registers_others_too(cluster: Cluster) -> None:
-    cluster.out("B1", REGISTER, 0, 9)
+    cluster.out("B2", REGISTER, 0, 9)
     assert cluster.out("A1", REGISTER, 0, 1, others="BCD") == "good"
-    assert cluster.registered() == {"B1": 9, "A1": 1, "C1": 1, "D1": 1}
+    assert cluster.registered() == {"B2": 9, "A1": 1, "B1": 1, "C1": 1, "D1": 1}
     assert cluster.out("C1", REGISTER, 1, 7) == "good"
+
+
+def test_spec_i_pt_registers_nobody_if_one_of_them_is_registered(cluster: Cluster) -> None:
+    cluster.out("C1", REGISTER, 0, 9)
+    assert cluster.out("A1", REGISTER, 0, 1, others="BCD") == "5/26/00:p52"
+    assert cluster.registered() == {"C1": 9}
+    cluster.out("D2", REGISTER, 0, 9)
+    assert cluster.out("A1", REGISTER, 0, 1, others="D", all_tg_pt=True) == "5/26/00:p28"
+    assert cluster.out("A1", REGISTER, 0, 1, others="D") == "good", "through this port it is not"
 
 
 def test_spec_i_pt_and_all_tg_pt(cluster: Cluster) -> None:

@@ -9,7 +9,6 @@ What the standard leaves open, and what is done here:
 - ALL_TG_PT is "as if the same request had been received through each target port" (6.16.3).  All of
   these requests must succeed, else none is done.
 - REGISTER of an unregistered nexus with both keys zero does nothing, so PRgeneration stays (table 61).
-- SPEC_I_PT registers each nexus of its list that is not registered; the others keep their keys.
 - PREEMPT of a key that is not the holder's removes the sender's registration too if that has this key
   (5.12.11.5); PREEMPT of the holder keeps the sender's (5.12.11.4.3).
 """
@@ -23,6 +22,8 @@ from dataclasses import dataclass, field, replace
 from vhostfc.scsi.sense import Asc, CheckCondition, Sense, SenseKey, invalid_cdb, invalid_parameter
 from vhostfc.scsi.task import Nexus
 
+#: Where the TransportIDs of SPEC_I_PT begin in the parameter list (SPC-4 table 215).
+TRANSPORT_IDS = 28
 #: More registrations than this are refused: a guest must not fill memory or the state directory with them.
 MAX_REGISTRATIONS = 1024
 
@@ -226,9 +227,11 @@ def _set_keys(state: State, nexus: Nexus, mine: list[Nexus], request: Request, p
     if not request.new_key:
         return _unregister(state, mine, request)
     keys = {**state.keys, **dict.fromkeys(mine, request.new_key)}
-    for initiator in request.others:
+    for number, initiator in enumerate(request.others):
         for port in {nexus.port, *ports} if request.all_tg_pt else (nexus.port,):
-            keys.setdefault(Nexus(initiator, port), request.new_key)
+            if Nexus(initiator, port) in state.keys:  # then nobody is registered (SPC-4 table 67, b)
+                raise invalid_parameter(TRANSPORT_IDS + number * len(initiator))
+            keys[Nexus(initiator, port)] = request.new_key
     _check_room(keys)
     return Change(_counted(replace(state, keys=keys, aptpl=request.aptpl)))
 
