@@ -96,10 +96,10 @@ def test_read_full_status_shows_the_port_names_of_initiators(cluster: Cluster) -
 
 
 def test_report_capabilities(cluster: Cluster) -> None:
-    # CRH, SIP_C, ATP_C, PTPL_C; TMV, ALLOW COMMANDS 3, PTPL_A; all six types
-    assert cluster.read(CAPABILITIES) == bytes.fromhex("0008 1d b0 ea01 0000")
+    # CRH, SIP_C, ATP_C, PTPL_C; TMV, ALLOW COMMANDS 4, PTPL_A; all six types
+    assert cluster.read(CAPABILITIES) == bytes.fromhex("0008 1d c0 ea01 0000")
     cluster.out("A1", REGISTER, 0, 1, aptpl=True)
-    assert cluster.read(CAPABILITIES) == bytes.fromhex("0008 1d b1 ea01 0000")
+    assert cluster.read(CAPABILITIES) == bytes.fromhex("0008 1d c1 ea01 0000")
 
 
 def test_service_actions_that_do_not_exist(cluster: Cluster) -> None:
@@ -445,20 +445,20 @@ def test_what_cannot_be_kept_is_not_done(cluster: Cluster) -> None:
     cluster.target.medium.forgetful = True
     assert cluster.out("A1", REGISTER, 0, 1, aptpl=True) == "4/44/00"
     assert cluster.registered() == {}
-    assert cluster.read(CAPABILITIES)[3] == 0xB0
+    assert cluster.read(CAPABILITIES)[3] == 0xC0
 
 
 # ---------------------------------------------------------------- who may do what
 
-#: SPC-4 table 59 and SBC-3 table 13, by what an unregistered nexus may do: always, with write exclusive types, never.
+#: SPC-4 table 65 and SBC-3 table 13, by what an unregistered nexus may do: always, with write exclusive types, never.
 ALWAYS = (
     *("00 00 00 00 00 00", "03 00 00 00 12 00", "12 00 00 00 24 00", "1b 00 00 00 01 00", "1e 00 00 00 00 00"),
     *("25 00 00000000 0000 00 00", "4d 00 00 00 00 00 00 00 10 00", "9e 10" + "00" * 11 + "20 0000"),
     *("a0 00 00 000000 00000010 00 00", "5e 00 0000000000 0010 00", "5e 03 0000000000 0010 00"),
     "a3 0a 00000000 00000100 00 00",
+    "84 03" + "00" * 14,
 )
 READS = (
-    "84 03" + "00" * 14,
     *("08 00 00 00 01 00", "28 00 00000000 00 0001 00", "a8 00 00000000 00000001 00 00"),
     *("88 00 0000000000000000 00000001 00 00", "2f 00 00000000 00 0001 00", "af 00 00000000 00000001 00 00"),
     *("8f 00 0000000000000000 00000001 00 00", "34 00 00000000 00 0001 00", "90 00 0000000000000000 00000001 00 00"),

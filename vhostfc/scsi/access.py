@@ -36,13 +36,15 @@ _ALLOWED_BY_RESERVE = frozenset(
         *_RELEASES,
     )
 )
-#: SPC-4 table 59 and SBC-3 table 13: allowed to everybody, whatever the type; some follow rules of their own.
+#: SPC-4 table 65 and SBC-3 table 13: allowed to everybody, whatever the type; some follow rules of their own.
 _ALWAYS = frozenset(
     (
         fields.INQUIRY,
         fields.LOG_SENSE,
         fields.READ_CAPACITY_10,
         fields.READ_CAPACITY_16,
+        fields.RECEIVE_COPY_OPERATING_PARAMETERS,
+        fields.RECEIVE_COPY_STATUS,
         fields.REPORT_LUNS,
         fields.REPORT_TARGET_PORT_GROUPS,
         fields.REQUEST_SENSE,
@@ -67,8 +69,6 @@ _READS = frozenset(
         fields.READ_32,
         fields.READ_DEFECT_DATA_10,
         fields.READ_DEFECT_DATA_12,
-        fields.RECEIVE_COPY_OPERATING_PARAMETERS,
-        fields.RECEIVE_COPY_STATUS,
         fields.REPORT_SUPPORTED_OPERATION_CODES,
         fields.REPORT_SUPPORTED_TASK_MANAGEMENT_FUNCTIONS,
         fields.VERIFY_10,

@@ -103,7 +103,7 @@ def report_capabilities(state: State) -> bytes:
         "!HBBHxx",
         8,
         0x1D,  # CRH, SIP_C, ATP_C, PTPL_C
-        0x80 | 3 << 4 | state.aptpl,  # TMV, ALLOW COMMANDS 011b, PTPL_A
+        0x80 | 4 << 4 | state.aptpl,  # TMV, ALLOW COMMANDS 100b, PTPL_A
         0xEA01,  # PERSISTENT RESERVATION TYPE MASK: all six
     )
 
