@@ -283,6 +283,8 @@ def test_register_and_move_refused(trio_of_three: Cluster) -> None:
 
 def test_reserve_is_for_the_registered(cluster: Cluster) -> None:
     assert cluster.out("A1", RESERVE, 0, kind=WE) == "conflict"
+    assert cluster.out("A1", RESERVE, 0, kind=WE, scope=1) == "conflict", "the key counts first (SPC-4 6.16.3)"
+    assert cluster.out("A1", RESERVE, 0, kind=2) == "conflict"
     cluster.out("A1", REGISTER, 0, 1)
     assert cluster.out("A1", RESERVE, 2, kind=WE) == "conflict"
     assert cluster.out("A1", RESERVE, 1, kind=WE, scope=1) == "5/24/00:c2.7"

@@ -91,10 +91,10 @@ class Model:
                 return "good"
             self.count += 1
             return "good"
-        if action == RESERVE and kind not in TYPES:
-            return "5/24/00:c2.3"
         if not mine or mine != key:
             return "conflict"
+        if action == RESERVE and kind not in TYPES:
+            return "5/24/00:c2.3"
         others = set(self.table) - {who}
         if action == RESERVE:
             if self.kind and not (who in self.holders() and kind == self.kind):

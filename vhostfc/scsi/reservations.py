@@ -282,8 +282,8 @@ def move(state: State, nexus: Nexus, request: MoveRequest, ports: Collection[int
 
 def _reserve(state: State, nexus: Nexus, request: Request, _ports: Collection[int]) -> Change:
     """SPC-4 5.12.9."""
-    kind = _kind(request)
     _registered(state, nexus, request.key)
+    kind = _kind(request)
     if state.kind is None:
         return Change(_reserved(state, nexus, kind))
     if state.holds(nexus) and state.kind == kind:
