@@ -9,8 +9,12 @@ from vhostfc.scsi.task import Extents, Fill, Flush, Hold, MediumError, Read, Tas
 
 A, B, C = (bytes([letter]) * 512 for letter in b"ABC")
 ZEROS = bytes(512)
-OUT_OF_RANGE = "5/21/00"
 WRONG_LENGTH = "5/0E/03"
+
+
+def out_of_range(first: int) -> str:
+    """The sense for this first invalid LBA, which fixed format has no room for from 32 bits on (SBC-3 4.18.1)."""
+    return f"5/21/00@{first:X}" if first < 1 << 32 else "5/21/00"
 
 
 def rw(opcode: int, lba: int, blocks: int, flags: int = 0) -> bytes:
@@ -73,8 +77,8 @@ def test_six_byte_commands_count_0_as_256_and_have_21_bits_of_address() -> None:
 
     one.good(rw(0x0A, 0, 0), A * 256)
     assert one.effects == [Write(0, A * 256)]
-    assert one.bad(rw(0x08, 45, 0)) == OUT_OF_RANGE
-    assert one.bad("08 1f ff ff 01 00") == OUT_OF_RANGE
+    assert one.bad(rw(0x08, 45, 0)) == out_of_range(300)
+    assert one.bad("08 1f ff ff 01 00") == out_of_range(0x1FFFFF)
     assert one.good("08 e0 00 00 01 00") == A  # the LUN of SCSI-2
 
 
@@ -102,7 +106,7 @@ def test_beyond_the_end_without_wrapping(disk: Target, opcode: int) -> None:
     last = 2**64 - 1 if opcode >> 5 == 4 else 2**32 - 1
     longest = 2**16 - 1 if opcode >> 5 in (1, 2) else 2**32 - 1
     for lba, blocks in ((64, 1), (63, 2), (last, 1), (last, 2), (last, longest), (0, longest), (65, 0), (last, 0)):
-        assert disk.bad(rw(opcode, lba, blocks), A) == OUT_OF_RANGE
+        assert disk.bad(rw(opcode, lba, blocks), A) == out_of_range(max(lba, 64))
         assert disk.effects == []
 
 
@@ -277,8 +281,8 @@ def test_compare_and_write_insists_on_its_limits(disk: Target) -> None:
     for data in (b"", A, A + B + C, A * 4):
         assert disk.bad(compare_and_write(0, 1), data) == "5/24/00:c13"
     assert disk.bad(compare_and_write(0, 0), A * 512) == "5/24/00:c13"  # 256 blocks do not fit its byte
-    assert disk.bad(compare_and_write(64, 1), A + B) == OUT_OF_RANGE
-    assert disk.bad(compare_and_write(2**64 - 1, 255), A + B) == OUT_OF_RANGE
+    assert disk.bad(compare_and_write(64, 1), A + B) == out_of_range(64)
+    assert disk.bad(compare_and_write(2**64 - 1, 255), A + B) == out_of_range(2**64 - 1)
     assert disk.bad(compare_and_write(0, 1, 0x20), A + B) == "5/24/00:c1.7"
     assert target(max_compare_and_write=1).bad(compare_and_write(0, 2), A * 4) == "5/24/00:c13"
     disk.good(compare_and_write(0, 0))
@@ -374,7 +378,7 @@ def test_unmap(disk: Target) -> None:
 
 def test_unmap_checks_every_range_before_the_first(disk: Target) -> None:
     for bad in ((64, 1), (63, 2), (2**64 - 1, 1), (2**64 - 1, 2**32 - 1), (65, 0)):
-        assert disk.bad(*unmap((1, 2), bad)) == OUT_OF_RANGE
+        assert disk.bad(*unmap((1, 2), bad)) == out_of_range(max(bad[0], 64))
         assert disk.effects == []
 
 
@@ -432,7 +436,7 @@ def test_get_lba_status_with_little_room(disk: Target) -> None:
 
 def test_get_lba_status_beyond_the_end(disk: Target) -> None:
     for lba in (64, 65, 2**63, 2**64 - 1):
-        assert disk.bad(get_lba_status(lba)) == OUT_OF_RANGE
+        assert disk.bad(get_lba_status(lba)) == out_of_range(lba)
 
 
 def test_large_blocks() -> None:
@@ -441,7 +445,7 @@ def test_large_blocks() -> None:
     one.good(rw(0x2A, 15, 1), b"x" * 4096)
     assert one.good(rw(0x88, 14, 2)) == bytes(4096) + b"x" * 4096
     assert one.bad(rw(0x2A, 0, 1), A) == WRONG_LENGTH
-    assert one.bad(rw(0x28, 16, 1)) == OUT_OF_RANGE
+    assert one.bad(rw(0x28, 16, 1)) == out_of_range(16)
 
 
 # ---------------------------------------------------------------- CDBs of 32 bytes
@@ -485,8 +489,8 @@ def test_commands_of_32_bytes(disk: Target) -> None:
 
 def test_commands_of_32_bytes_that_are_wrong(disk: Target) -> None:
     assert disk.bad(long_cdb(READ_32, 0, 1, 0x20)) == "5/24/00:c10.7", "RDPROTECT"
-    assert disk.bad(long_cdb(READ_32, 64, 1)) == "5/21/00"
-    assert disk.bad(long_cdb(READ_32, (1 << 64) - 1, 1)) == "5/21/00"
+    assert disk.bad(long_cdb(READ_32, 64, 1)) == out_of_range(64)
+    assert disk.bad(long_cdb(READ_32, (1 << 64) - 1, 1)) == out_of_range(2**64 - 1)
     assert disk.bad(long_cdb(READ_32, 0, 1, additional=0x10)) == "5/24/00:c7"
     assert disk.bad(long_cdb(0x0008, 0, 1)) == "5/24/00:c8.7", "no such service action"
     assert disk.bad(b"\x7f" + bytes(5)) == "5/24/00:c8.7"
@@ -516,8 +520,8 @@ def test_write_atomic(disk: Target) -> None:
 def test_write_atomic_that_is_wrong() -> None:
     disk = target(4096, max_atomic=8)
     assert disk.bad(atomic(0, 1, 0x20), bytes(512)) == "5/24/00:c1.7"
-    assert disk.bad(atomic(4096, 1), bytes(512)) == "5/21/00"
-    assert disk.bad(atomic(4097, 0)) == "5/21/00"
+    assert disk.bad(atomic(4096, 1), bytes(512)) == out_of_range(4096)
+    assert disk.bad(atomic(4097, 0)) == out_of_range(4097)
     assert disk.bad(atomic(0, 9), bytes(9 * 512)) == "5/24/00:c12"
     assert disk.bad(atomic(0, 8, boundary=4), bytes(8 * 512)) == "5/24/00:c10"
     assert disk.bad(atomic(0, 2), bytes(512)) == "5/0E/03"

@@ -180,7 +180,7 @@ def test_descriptor_format_sense_can_be_asked_for(disk: Target) -> None:
 
     result = disk.send("28 00 ffffffff 00 0001 00")
 
-    assert result.sense == bytes.fromhex("72 05 21 00 00 00 00 00")
+    assert result.sense == bytes.fromhex("72 05 21 00 00 00 00 0c  00 0a 80 00 00000000ffffffff")
 
 
 def test_switching_the_cache_off_flushes_it_and_makes_writes_fua(disk: Target) -> None:

@@ -51,7 +51,12 @@ Handler = Callable[[Disk, Command, Task], Steps]
 def _in_range(disk: Disk, lba: int, blocks: int) -> None:
     """SBC-3 4.5.x: also a command for no blocks must start within the medium or right behind it."""
     if blocks > disk.blocks or lba > disk.blocks - blocks:
-        raise illegal(Asc.LOGICAL_BLOCK_ADDRESS_OUT_OF_RANGE)
+        raise _out_of_range(max(lba, disk.blocks))
+
+
+def _out_of_range(first: int) -> CheckCondition:
+    """first: the first invalid LBA (SBC-3 4.18.1)."""
+    return CheckCondition(Sense(SenseKey.ILLEGAL_REQUEST, Asc.LOGICAL_BLOCK_ADDRESS_OUT_OF_RANGE, information=first))
 
 
 def _unprotected(command: Command, task: Task) -> None:
@@ -327,7 +332,7 @@ def get_lba_status(disk: Disk, command: Command, task: Task) -> Steps:
     """GET LBA STATUS (SBC-3 5.6): extents that are mapped (0) or deallocated (1), as many as there is room for."""
     lba, room = fields.number(task.cdb, 2, 9), fields.number(task.cdb, 10, 13)
     if lba >= disk.blocks:
-        raise illegal(Asc.LOGICAL_BLOCK_ADDRESS_OUT_OF_RANGE)
+        raise _out_of_range(lba)
     answer = yield Extents(lba, min(disk.blocks - lba, _STATUS_BLOCKS))
     if not isinstance(answer, list | tuple):
         raise TypeError(f"Extents is answered with a list, not {type(answer).__name__}")
