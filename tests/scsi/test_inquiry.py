@@ -159,8 +159,8 @@ def test_pages_b0_and_b2_of_a_fully_provisioned_unit() -> None:
 
 
 def test_page_b1_says_that_nothing_rotates(disk: Target) -> None:
-    # MEDIUM ROTATION RATE 1; WABEREQ and WACEREQ 01b
-    assert disk.good(inquire(0xB1)) == bytes.fromhex("00 b1 003c 0001 00 50") + bytes(56)
+    # MEDIUM ROTATION RATE 1; WABEREQ and WACEREQ 01b; VBULS: VERIFY compares unmapped blocks too, as zeros
+    assert disk.good(inquire(0xB1)) == bytes.fromhex("00 b1 003c 0001 00 50 01") + bytes(55)
     assert target(thin=False).good(inquire(0xB1))[7] == 0x10, "without provisioning there is no BLOCK ERASE"
 
 

@@ -230,11 +230,12 @@ def _block_limits(identity: Identity) -> bytes:
 
 
 def _characteristics(identity: Identity) -> bytes:
-    """B1h (SBC-3 6.6.3): MEDIUM ROTATION RATE; WABEREQ and WACEREQ 01b; form factor not reported.
+    """B1h (SBC-3 6.6.3): MEDIUM ROTATION RATE; WABEREQ and WACEREQ 01b; form factor not reported; VBULS.
 
     01b: after a SANITIZE with erasure, what is not written yet is read without an error (SBC-3 table 202).
+    VBULS: VERIFY compares blocks that are not mapped too, as the zeros that they read as.
     """
-    return struct.pack("!HxB56x", identity.rotation, (0x40 if identity.thin else 0x00) | 0x10)
+    return struct.pack("!HxBB55x", identity.rotation, (0x40 if identity.thin else 0x00) | 0x10, 0x01)
 
 
 def _provisioning(identity: Identity) -> bytes:
