@@ -52,11 +52,13 @@ def test_overwrite_repeats_its_pattern_in_each_block(block_size: int, pattern: b
     assert one.medium.data == (pattern * block_size)[:block_size] * 8
 
 
-@pytest.mark.parametrize(("count", "left"), [(1, 0x0F), (2, 0xF0), (3, 0x0F)])
-def test_overwrite_passes_and_their_inversion(disk: Target, count: int, left: int) -> None:
+@pytest.mark.parametrize(("count", "first"), [(1, 0x0F), (2, 0xF0), (3, 0x0F), (31, 0x0F)])
+def test_overwrite_passes_and_their_inversion(disk: Target, count: int, first: int) -> None:
+    """The last pass leaves the pattern itself (SBC-4 5.30.2.2)."""
     disk.good(*overwrite(b"\x0f", count=count, invert=True))
-    assert disk.medium.data == bytes([left]) * len(disk.medium.data)
-    assert len([effect for effect in disk.effects if isinstance(effect, Fill)]) == count
+    passes = [effect.block[0] for effect in disk.effects if isinstance(effect, Fill)]
+    assert passes == [first ^ (0xFF * (number % 2)) for number in range(count)]
+    assert disk.medium.data == b"\x0f" * len(disk.medium.data)
 
 
 def test_a_parameter_list_that_is_wrong(disk: Target) -> None:
@@ -196,7 +198,7 @@ def test_a_crash_suspends_it(flags: int) -> None:
     assert again.bad("00 00 00 00 00 00").startswith(IN_PROGRESS)
     assert again.unit.verdict(ALICE) == bytes(32)
     again.go_on()
-    assert disk.medium.data == b"\xf0\xe1" * 256 * 64, "the second pass"
+    assert disk.medium.data == b"\x0f\x1e" * 256 * 64, "the second pass"
     again.good("00 00 00 00 00 00")
     assert not disk.medium.notes
 

@@ -110,8 +110,8 @@ class Operation:
         pattern = bytes.fromhex(self.pattern)
         block = (pattern * (size // len(pattern) + 1))[:size]
         inverted = bytes(byte ^ 0xFF for byte in block)
-        for number in range(self.count):
-            yield _Pass(inverted if self.invert and number % 2 else block, drop=False)
+        for left in reversed(range(self.count)):  # the last one leaves the pattern itself (SBC-4 5.30.2.2)
+            yield _Pass(inverted if self.invert and left % 2 else block, drop=False)
 
 
 class Sanitizing:
