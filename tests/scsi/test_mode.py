@@ -229,7 +229,6 @@ def test_flags_of_mode_select(disk: Target) -> None:
         ("00000008 00000000", "5/1A/00"),  # cut in the block descriptor
         ("00010000" + CONTROL, "5/26/00:p1.0"),  # MEDIUM TYPE
         ("00000004 00000000", "5/26/00:p3"),  # BLOCK DESCRIPTOR LENGTH
-        ("00000008 00000041 00000200", "5/26/00:p4"),  # another capacity
         ("00000008 00000040 00001000", "5/26/00:p9"),  # another block size
         ("00000000 04 16", "5/26/00:p4.5"),  # no such page
         ("00000000 4a 01 0000", "5/26/00:p4.6"),  # a subpage
@@ -248,9 +247,13 @@ def test_data_shorter_than_the_list_length(disk: Target) -> None:
     assert disk.bad("55 10 00 00 00 00 00 00 10 00", bytes(4)) == "5/1A/00"
 
 
-def test_capacity_in_the_block_descriptor_may_be_left_open(disk: Target) -> None:
-    select(disk, "00000008 00000000 00000200")
-    select(disk, "00000008 ffffffff 00000200" + CONTROL)
+@pytest.mark.parametrize("blocks", ["00000000", "00000040", "00000041", "0000003f", "ffffffff"])
+def test_capacity_in_the_block_descriptor_is_passed_over(disk: Target, blocks: str) -> None:
+    """SBC-3 6.5.2.2: so it is where it cannot be changed.  The unit may have grown since MODE SENSE gave it."""
+    select(disk, f"00000008 {blocks} 00000200" + CONTROL)
+    long = bytes.fromhex(f"0000 00 00 01 00 0010 00000000 {blocks} 00000000 00000200" + CONTROL)
+    disk.good("55 10 00 00 00 00 00 00 24 00", long)
+    assert disk.good("25 00 00000000 0000 00 00") == bytes.fromhex("0000003f 00000200")
 
 
 def test_mode_pages_are_one_for_all_nexuses(disk: Target) -> None:

@@ -123,7 +123,7 @@ class ModePages:
 
     # ------------------------------------------------------------ MODE SELECT
 
-    def select(self, cdb: bytes, data: bytes, blocks: int) -> bool:
+    def select(self, cdb: bytes, data: bytes) -> bool:
         """Obey a MODE SELECT(6) or (10) whose parameter list is `data`; True if something changed.
 
         Nothing is changed unless all of it is right (SPC-4 6.12).
@@ -138,13 +138,13 @@ class ModePages:
             return False
         if len(data) < length:
             raise illegal(Asc.PARAMETER_LIST_LENGTH_ERROR)
-        wanted = self._wanted(data[:length], blocks, ten=ten)
+        wanted = self._wanted(data[:length], ten=ten)
         changed = wanted != self._current
         self.version += changed
         self._current = wanted
         return changed
 
-    def _wanted(self, data: bytes, blocks: int, *, ten: bool) -> dict[int, bytes]:
+    def _wanted(self, data: bytes, *, ten: bool) -> dict[int, bytes]:
         """The pages as the list wants them.  MODE DATA LENGTH, WP and DPOFUA are ignored (SBC-3 6.5.1)."""
         start = 8 if ten else 4
         if len(data) < start:
@@ -158,25 +158,18 @@ class ModePages:
         if len(data) < start + size:
             raise illegal(Asc.PARAMETER_LIST_LENGTH_ERROR)
         if size:
-            self._check_descriptor(data[start : start + size], start, blocks)
+            self._check_descriptor(data[start : start + size], start)
         wanted = dict(self._current)
         at = start + size
         while at < len(data):
             at = self._take_page(data, at, wanted)
         return wanted
 
-    def _check_descriptor(self, descriptor: bytes, start: int, blocks: int) -> None:
-        """Capacity and block size are not for an initiator to change; what is already so is accepted."""
-        if len(descriptor) == 16:
-            count, size = struct.unpack("!Q4xI", descriptor)
-            full, size_at = 0xFFFFFFFFFFFFFFFF, 12
-        else:
-            count, size = int.from_bytes(descriptor[:4], "big"), int.from_bytes(descriptor[5:8], "big")
-            full, size_at = 0xFFFFFFFF, 5
-        if count not in (0, full, min(blocks, full)):
-            raise invalid_parameter(start)
-        if size != self._identity.block_size:
-            raise invalid_parameter(start + size_at)
+    def _check_descriptor(self, descriptor: bytes, start: int) -> None:
+        """The block size is not for an initiator to change; nor is the capacity, which is ignored (SBC-3 6.5.2)."""
+        at = 12 if len(descriptor) == 16 else 5
+        if int.from_bytes(descriptor[at:], "big") != self._identity.block_size:
+            raise invalid_parameter(start + at)
 
     def _take_page(self, data: bytes, at: int, wanted: dict[int, bytes]) -> int:
         """One page of the list into `wanted`; where the next one starts."""

@@ -330,7 +330,7 @@ class LogicalUnit:
     def _mode_select(self, task: Task) -> Steps:
         """Change the pages, tell the others, and empty a cache that was switched off."""
         cached = self.mode.write_cache
-        if self.mode.select(task.cdb, task.data_out, self.blocks):
+        if self.mode.select(task.cdb, task.data_out):
             self.attention(Asc.MODE_PARAMETERS_CHANGED, but=task.nexus)
             if cached and not self.mode.write_cache:
                 yield Flush()
