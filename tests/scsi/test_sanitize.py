@@ -38,6 +38,14 @@ def test_an_erasure_leaves_nothing(disk: Target, action: int) -> None:
     assert disk.good("28 00 00000000 00 0001 00") == bytes(512)
 
 
+#: Commands allowed during sanitize (SBC-4 4.11.2): who begins meanwhile finds a disk that has a size.
+SERVED = (
+    *("12 00 00 00 60 00", "4d 00 00 00 00 00 00 00 10 00", "1a 00 3f 00 ff 00", "5a 00 3f 00 00 00 00 00ff 00"),
+    *("25 00 00000000 0000 00 00", "9e 10" + "00" * 11 + "20 0000", "a0 00 00 00 00 00 00 00 00 40 00 00"),
+    *("a3 0c 00 00 0000 00000100 00 00", "a3 0d 00 00 0000 00000004 00 00"),
+)
+
+
 def test_without_provisioning_there_is_no_block_erase() -> None:
     one = filled(target(thin=False))
     assert one.bad(sanitize(BLOCK_ERASE)) == "5/24/00:c1.4"
@@ -98,8 +106,8 @@ def test_while_it_goes_on(disk: Target) -> None:
         assert disk.unit.verdict(nexus) == bytes(32), "nobody's I/O may touch the medium"
         for cdb in ("00 00 00 00 00 00", "1b 00 00 00 01 00", "28 00 00000000 00 0001 00", sanitize(BLOCK_ERASE)):
             assert disk.bad(cdb, nexus=nexus).startswith(IN_PROGRESS)
-    disk.good("12 00 00 00 60 00")
-    disk.good("a0 00 00 00 00 00 00 00 00 40 00 00")
+    for cdb in SERVED:
+        disk.good(cdb)
     disk.go_on(1)
     assert isinstance(disk.effects[-1], Flush), "what was under way comes before the first block"
     disk.go_on()
@@ -147,6 +155,8 @@ def test_one_that_fails_closes_the_unit(disk: Target, flags: int) -> None:
     assert disk.unit.verdict(ALICE) == bytes(32)
     assert disk.bad("28 00 00000000 00 0001 00") == FAILED
     assert describe(disk.good("03 00 00 00 12 00")) == FAILED
+    for cdb in SERVED:
+        disk.good(cdb)
     if flags:
         disk.good(sanitize(EXIT))
         assert not disk.medium.notes

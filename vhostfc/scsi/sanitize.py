@@ -1,7 +1,7 @@
 """SANITIZE: all that was ever written to the unit is made to be nowhere any more (SBC-3 4.11, 5.30).
 
 It goes on whatever becomes of the command that began it: aborts, resets, a lost login.  Meanwhile the unit
-answers next to nothing, and nobody's I/O touches the medium: the verdicts are nothing before the first block
+answers little, and nobody's I/O touches the medium: the verdicts are nothing before the first block
 is changed.  A crash suspends it, and whoever comes up afterwards goes on, from the first block; so a note of what is to
 be done is on stable storage before the first block is changed, and is removed when the last one is.  One that fails
 leaves the unit closed: with AUSE until an EXIT FAILURE MODE, without it until another SANITIZE, also without it,
@@ -42,8 +42,21 @@ NOTE = "sanitize"
 #: How much is written at a time, and how much is dropped.
 _WRITTEN_BYTES, _DROPPED_BYTES = 1 << 20, 64 << 20
 
-#: Served while it goes on, and after it has failed (SBC-3 4.11.2 and 4.11.4).
-_ALLOWED = frozenset((fields.INQUIRY, fields.LOG_SENSE, fields.REPORT_LUNS, fields.REQUEST_SENSE))
+#: Served while it goes on, and after it has failed (SBC-4 4.11.2, commands allowed during sanitize).
+_ALLOWED = frozenset(
+    (
+        fields.INQUIRY,
+        fields.LOG_SENSE,
+        fields.MODE_SENSE_6,
+        fields.MODE_SENSE_10,
+        fields.READ_CAPACITY_10,
+        fields.READ_CAPACITY_16,
+        fields.REPORT_LUNS,
+        fields.REPORT_SUPPORTED_OPERATION_CODES,
+        fields.REPORT_SUPPORTED_TASK_MANAGEMENT_FUNCTIONS,
+        fields.REQUEST_SENSE,
+    )
+)
 #: What a unit whose FORMAT UNIT has failed cannot do.
 _OF_BLOCKS = frozenset((*blocks.HANDLERS, fields.EXTENDED_COPY, fields.TEST_UNIT_READY))
 
