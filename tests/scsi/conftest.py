@@ -233,15 +233,20 @@ class Target:
 
 
 def describe(sense: bytes) -> str:
-    """Fixed or descriptor format sense data in short; asserts that it is well formed."""
+    """Fixed or descriptor format sense data in short; asserts that it is well formed.
+
+    After "@" is INFORMATION, after "#" COMMAND-SPECIFIC INFORMATION, in hexadecimal.
+    """
     code = sense[0] & 0x7F
     specific = b""
     information = None
+    command_specific = 0
     if code == 0x70:
         assert len(sense) == 18 == sense[7] + 8
         key, asc, ascq = sense[2], sense[12], sense[13]
         if sense[0] & 0x80:
             information = int.from_bytes(sense[3:7], "big")
+        command_specific = int.from_bytes(sense[8:12], "big")
         specific = sense[15:18] if sense[15] & 0x80 else b""
     else:
         assert code == 0x72
@@ -255,6 +260,9 @@ def describe(sense: bytes) -> str:
                 assert length == 0x0A
                 assert body[0] == 0x80
                 information = int.from_bytes(body[2:], "big")
+            elif kind == 0x01:
+                assert length == 0x0A
+                command_specific = int.from_bytes(body[2:], "big")
             else:
                 assert (kind, length) == (0x02, 0x06)
                 specific = body[2:5]
@@ -265,6 +273,8 @@ def describe(sense: bytes) -> str:
             text += f".{specific[0] & 0x07}"
     if information is not None:
         text += f"@{information:X}"
+    if command_specific:
+        text += f"#{command_specific:X}"
     return text
 
 

@@ -29,7 +29,13 @@ from tests.scsi.cluster import (
     nexus,
     transport_id,
 )
-from vhostfc.scsi.cdb import COMMANDS, RECEIVE_COPY_STATUS, SANITIZE_OVERWRITE, parse
+from vhostfc.scsi.cdb import (
+    COMMANDS,
+    RECEIVE_COPY_FAILURE_DETAILS,
+    RECEIVE_COPY_STATUS,
+    SANITIZE_OVERWRITE,
+    parse,
+)
 from vhostfc.scsi.reservations import MAX_REGISTRATIONS
 from vhostfc.scsi.task import AbortTasks, Keep, Nexus, TakeTurn, Task, TaskManagement
 
@@ -527,7 +533,7 @@ def test_every_command_is_in_one_of_these_lists() -> None:
     """A new command must be sorted into the tables above, and access.py must know it."""
     tried = {parse(bytes.fromhex(cdb)) for cdb in (*ALWAYS, *READS, *WRITES)}
     others = {one for one in COMMANDS if one.opcode in (0x5E, 0x5F, 0x16, 0x17, 0x56, 0x57)}
-    others |= {RECEIVE_COPY_STATUS, SANITIZE_OVERWRITE}
+    others |= {RECEIVE_COPY_STATUS, RECEIVE_COPY_FAILURE_DETAILS, SANITIZE_OVERWRITE}
     assert set(COMMANDS) == tried | others
 
 

@@ -59,6 +59,12 @@ def test_an_lba_beyond_32_bits_needs_descriptor_format() -> None:
     assert FAR_BLOCK.encode(descriptor=True) == bytes.fromhex("72 03 0c00 000000 0c  00 0a 80 00 000000123456789a")
 
 
+def test_command_specific_information() -> None:
+    sense = Sense(SenseKey.COPY_ABORTED, Asc.THIRD_PARTY_DEVICE_FAILURE, command_specific=3)
+    assert sense.encode() == bytes.fromhex("70 00 0a 00000000 0a 00000003 0d01 00 000000")
+    assert sense.encode(descriptor=True) == bytes.fromhex("72 0a 0d01 000000 0c  01 0a 00 00 0000000000000003")
+
+
 def test_a_field_of_the_parameter_list_without_a_bit() -> None:
     assert invalid_parameter(300).sense.encode()[15:] == bytes.fromhex("80 012c")
 
@@ -74,14 +80,22 @@ def test_a_field_of_the_cdb_without_a_bit() -> None:
     information=st.none() | st.integers(0, 2**64 - 1),
     field=st.none()
     | st.builds(FieldPointer, st.integers(0, 1 << 20), st.none() | st.integers(0, 7), in_cdb=st.booleans()),
+    number=st.none() | st.integers(1, 0xFFFF),
 )
 def test_every_sense_is_well_formed(
-    descriptor: bool, key: SenseKey, asc: Asc, information: int | None, field: FieldPointer | None
+    descriptor: bool,
+    key: SenseKey,
+    asc: Asc,
+    information: int | None,
+    field: FieldPointer | None,
+    number: int | None,
 ) -> None:
-    said = describe(Sense(key, asc, information, field).encode(descriptor=descriptor))
+    said = describe(Sense(key, asc, information, field, number).encode(descriptor=descriptor))
 
     assert said.startswith(f"{key:X}/{asc >> 8:02X}/{asc & 0xFF:02X}")
     if information is not None and (descriptor or information < 2**32):
-        assert said.endswith(f"@{information:X}")
+        assert said.removesuffix(f"#{number or 0:X}").endswith(f"@{information:X}")
+    if number is not None:
+        assert said.endswith(f"#{number:X}")
     if field is not None:
         assert (":c" if field.in_cdb else ":p") + str(min(field.byte, 0xFFFF)) in said

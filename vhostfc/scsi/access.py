@@ -43,6 +43,7 @@ _ALWAYS = frozenset(
         fields.LOG_SENSE,
         fields.READ_CAPACITY_10,
         fields.READ_CAPACITY_16,
+        fields.RECEIVE_COPY_FAILURE_DETAILS,
         fields.RECEIVE_COPY_OPERATING_PARAMETERS,
         fields.RECEIVE_COPY_STATUS,
         fields.REPORT_LUNS,

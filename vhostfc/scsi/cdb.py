@@ -176,6 +176,9 @@ RECEIVE_COPY_STATUS = _command(
 RECEIVE_COPY_OPERATING_PARAMETERS = _command(
     "RECEIVE COPY OPERATING PARAMETERS", "84 03" + "00" * 8 + "ffffffff 00 00", "00 00 ff", service_action=0x03
 )
+RECEIVE_COPY_FAILURE_DETAILS = _command(
+    "RECEIVE COPY FAILURE DETAILS(LID1)", "84 04 ff" + "00" * 7 + "ffffffff 00 00", service_action=0x04
+)
 READ_16 = _command("READ(16)", "88 f8" + "ff" * 12 + "00 00", "00 03" + "00" * 12 + "1f")
 COMPARE_AND_WRITE = _command(
     "COMPARE AND WRITE", "89 f8" + "ff" * 8 + "000000 ff 00 00", "00 02" + "00" * 12 + "1f", writes=True

@@ -1,4 +1,4 @@
-"""EXTENDED COPY(LID1) and RECEIVE COPY RESULTS (SPC-4 6.4, 6.20, 6.22): the array copies blocks by itself.
+"""EXTENDED COPY(LID1) and RECEIVE COPY RESULTS (SPC-4 6.4, 6.22 to 6.25): the array copies blocks by itself.
 
 Block to block segments (02h) between designated units (E4h) are done: the unit that is asked, and those that the
 initiator sees beside it through the same target port.  Of others it says COPY TARGET DEVICE NOT REACHABLE.  Nobody
@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Generator, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
 from vhostfc.scsi import cdb as fields
 from vhostfc.scsi.cdb import Command
+from vhostfc.scsi.copies import NO_LIST_ID, Copies, Copying
 from vhostfc.scsi.inquiry import (
     COPY_DESCRIPTORS,
     MAX_COPY_LIST,
@@ -27,54 +28,30 @@ from vhostfc.scsi.inquiry import (
 )
 from vhostfc.scsi.mode import ModePages
 from vhostfc.scsi.reservations import ReservationConflict
-from vhostfc.scsi.sense import Asc, CheckCondition, Sense, SenseKey, illegal, invalid_cdb, invalid_parameter
-from vhostfc.scsi.task import At, Effect, Nexus, Read, ScsiResult, Steps, Task, Withdrawn, Write
+from vhostfc.scsi.sense import Asc, CheckCondition, FieldPointer, Sense, SenseKey, illegal, invalid_parameter
+from vhostfc.scsi.task import At, Effect, MediumError, Nexus, Read, ScsiResult, Status, Steps, Task, Withdrawn, Write
 
 if TYPE_CHECKING:
     from vhostfc.scsi.unit import LogicalUnit
 
 _HEADER, _CSCD, _SEGMENT = 16, 32, 28
 _IDENTIFICATION, _BLOCK_TO_BLOCK = 0xE4, 0x02
+#: NUL: the descriptor is of a null device, which takes all and has nothing.
+_NUL = 0x20
 #: How much is copied at a time.
 _PIECE_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class _Segment:
-    """A block to block copy between CSCD descriptors, by their indexes."""
+    """A block to block copy between CSCD descriptors, by their indexes.  at: where it is in the parameter list."""
 
+    at: int
     source: int
     destination: int
     blocks: int
     from_lba: int
     to_lba: int
-
-
-class Copies:
-    """How the last copy of each nexus ended, for COPY STATUS: (LIST IDENTIFIER, parameter data)."""
-
-    def __init__(self) -> None:
-        self._ended: dict[Nexus, tuple[int, bytes]] = {}
-
-    def note(self, nexus: Nexus, list_id: int, segments: int, moved: int, *, failed: bool) -> None:
-        """moved: bytes."""
-        data = struct.pack("!IBHBI", 8, 0x02 if failed else 0x01, segments, 0, min(moved, 0xFFFFFFFF))
-        self._ended[nexus] = (list_id, data)
-
-    def take(self, nexus: Nexus, list_id: int) -> bytes:
-        """Raises CheckCondition: no copy with this identifier ended (or it was told already)."""
-        known, data = self._ended.get(nexus, (-1, b""))
-        if known != list_id:
-            raise invalid_cdb(2)
-        del self._ended[nexus]
-        return data
-
-    def forget(self, nexus: Nexus) -> None:
-        self._ended.pop(nexus, None)
-
-    def clear(self) -> None:
-        """The unit was reset: nothing is held for anybody (SPC-4 5.17.4.3)."""
-        self._ended.clear()
 
 
 class Unit(Protocol):
@@ -98,8 +75,9 @@ class Unit(Protocol):
         ...
 
 
-def _aborted(asc: Asc = Asc.NO_ADDITIONAL_SENSE_INFORMATION) -> CheckCondition:
-    return CheckCondition(Sense(SenseKey.COPY_ABORTED, asc))
+def _aborted(asc: Asc, at: int) -> CheckCondition:
+    """at: the byte of the parameter list that is to blame, of a segment or of a CSCD descriptor."""
+    return CheckCondition(Sense(SenseKey.COPY_ABORTED, asc, field=FieldPointer(at, in_cdb=False)))
 
 
 def extended_copy(unit: Unit, command: Command, task: Task) -> Steps:
@@ -109,40 +87,69 @@ def extended_copy(unit: Unit, command: Command, task: Task) -> Steps:
         return ScsiResult()
     data = task.data_out[:length]
     cscds, segments = _parse(data, length)
-    list_id, keep = data[0], data[1] >> 3 & 0x03 == 0x00  # LIST ID USAGE: hold the results
-    done = moved = 0
+    copying = unit.copies.begin(task.nexus, data[0], data[1] >> 3 & 0x03)
     try:
         for segment in segments:
-            source, destination = _ends(unit, cscds, segment, task.nexus)
-            for start, count in _pieces(source, segment, onto_itself=source is destination):
-                piece = yield from _do(unit, command, task, source, Read(segment.from_lba + start, count))
-                assert isinstance(piece, bytes | bytearray | memoryview)
-                cached = destination.mode.write_cache
-                write = Write(segment.to_lba + start, bytes(piece), fua=not cached)
-                yield from _do(unit, command, task, destination, write)
-                moved += len(piece)
-            done += 1
+            copying.segment += 1
+            yield from _copy(unit, command, task, cscds, segment, copying)
+        copying.end(Status.GOOD)
+    except CheckCondition as failed:
+        copying.end(Status.CHECK_CONDITION, failed.sense.encode(descriptor=unit.mode.d_sense))
+        raise
+    except ReservationConflict:
+        copying.end(Status.RESERVATION_CONFLICT)
+        raise
     finally:
-        if keep:
-            unit.copies.note(task.nexus, list_id, done, moved, failed=done < len(segments))
+        unit.copies.end(task.nexus, copying)
     return ScsiResult()
 
 
+def _copy(
+    unit: Unit, command: Command, task: Task, cscds: list[bytes], segment: _Segment, copying: Copying
+) -> Generator[Effect, object, None]:
+    """One segment.  Raises CheckCondition, which tells its number and how many of its blocks are left (5.17.7.4)."""
+    before, in_order, wrote = copying.moved, 0, False
+    try:
+        source, destination = _ends(unit, cscds, segment, task.nexus)
+        size = source.identity.block_size
+        for start, count in _pieces(source, segment, onto_itself=source is destination):
+            at = _cscd_at(segment.source)
+            piece = yield from _do(unit, command, task, source, Read(segment.from_lba + start, count), at)
+            assert isinstance(piece, bytes | bytearray | memoryview)
+            write = Write(segment.to_lba + start, bytes(piece), fua=not destination.mode.write_cache)
+            yield from _do(unit, command, task, destination, write, _cscd_at(segment.destination))
+            wrote = True
+            in_order += count if start == in_order else 0
+            copying.moved = before + in_order * size
+        copying.moved = before + segment.blocks * size
+    except CheckCondition as failed:
+        if failed.sense.key is not SenseKey.COPY_ABORTED:
+            raise
+        left = segment.blocks - in_order if wrote else None
+        raise CheckCondition(replace(failed.sense, information=left, command_specific=copying.segment - 1)) from None
+
+
+def _cscd_at(index: int) -> int:
+    return _HEADER + _CSCD * index
+
+
 def _do(
-    unit: Unit, command: Command, task: Task, where: LogicalUnit, effect: Read | Write
+    unit: Unit, command: Command, task: Task, where: LogicalUnit, effect: Read | Write, at: int
 ) -> Generator[Effect, object, object]:
-    """At one of the ends; as often as it is in doubt whether that may be, and may be."""
+    """At one of the ends; as often as it is in doubt whether that may be, and may be.  at: its CSCD descriptor."""
     while True:
         if where is not unit and where not in unit.neighbours(task.nexus):
-            raise _aborted(Asc.COPY_TARGET_DEVICE_NOT_REACHABLE)
+            raise _aborted(Asc.COPY_TARGET_DEVICE_NOT_REACHABLE, at)
         try:
             where.admit(task.nexus, write=isinstance(effect, Write))
         except (CheckCondition, ReservationConflict):
             if where is unit:
                 raise
-            raise _aborted(Asc.THIRD_PARTY_DEVICE_FAILURE) from None
+            raise _aborted(Asc.THIRD_PARTY_DEVICE_FAILURE, at) from None
         try:
             return (yield effect if where is unit else At(where, effect))
+        except MediumError:
+            raise _aborted(Asc.THIRD_PARTY_DEVICE_FAILURE, at) from None
         except Withdrawn:
             unit.check(command, task)
 
@@ -151,6 +158,11 @@ def _parse(data: bytes, length: int) -> tuple[list[bytes], list[_Segment]]:
     """The CSCD descriptors and the segments of a parameter list (SPC-4 6.4.3)."""
     if len(data) < length or length < _HEADER:
         raise illegal(Asc.PARAMETER_LIST_LENGTH_ERROR)
+    usage = data[1] >> 3 & 0x03
+    if usage == 0x01:
+        raise invalid_parameter(1, 4)  # reserved
+    if usage == NO_LIST_ID and data[0]:
+        raise invalid_parameter(0)
     targets, parts = fields.number(data, 2, 3), fields.number(data, 8, 11)
     inline = fields.number(data, 12, 15)
     if _HEADER + targets + parts + inline != length or targets + parts > MAX_COPY_LIST:
@@ -172,32 +184,38 @@ def _parse(data: bytes, length: int) -> tuple[list[bytes], list[_Segment]]:
             raise illegal(Asc.UNSUPPORTED_SEGMENT_DESCRIPTOR_TYPE_CODE)
         if at + _SEGMENT > length or fields.number(data, at + 2, at + 3) != _SEGMENT - 4:
             raise invalid_parameter(at + 2)
-        segments.append(_Segment(*struct.unpack_from("!HHxxHQQ", data, at + 4)))
+        segments.append(_Segment(at, *struct.unpack_from("!HHxxHQQ", data, at + 4)))
     return cscds, segments
 
 
 def _ends(unit: Unit, cscds: list[bytes], segment: _Segment, nexus: Nexus) -> tuple[LogicalUnit, LogicalUnit]:
     """Source and destination of a segment.  Raises unless both are there, alike, and have these blocks."""
-    source, destination = (_find(unit, cscds, index, nexus) for index in (segment.source, segment.destination))
+    source = _find(unit, cscds, segment.source, nexus, segment.at + 4)
+    destination = _find(unit, cscds, segment.destination, nexus, segment.at + 6)
     if source.identity.block_size != destination.identity.block_size:
-        raise _aborted(Asc.INCORRECT_COPY_TARGET_DEVICE_TYPE)
-    for one, lba in ((source, segment.from_lba), (destination, segment.to_lba)):
+        raise _aborted(Asc.INCORRECT_COPY_TARGET_DEVICE_TYPE, _cscd_at(segment.destination))
+    for one, lba, at in (
+        (source, segment.from_lba, segment.at + 12),
+        (destination, segment.to_lba, segment.at + 20),
+    ):
         if segment.blocks > one.blocks or lba > one.blocks - segment.blocks:
-            raise _aborted()
+            raise _aborted(Asc.NO_ADDITIONAL_SENSE_INFORMATION, at)
     return source, destination
 
 
-def _find(unit: Unit, cscds: list[bytes], index: int, nexus: Nexus) -> LogicalUnit:
-    """The unit that a CSCD descriptor designates."""
+def _find(unit: Unit, cscds: list[bytes], index: int, nexus: Nexus, at: int) -> LogicalUnit:
+    """The unit that a CSCD descriptor designates.  at: where its index is in the parameter list."""
     if index >= len(cscds):
-        raise _aborted(Asc.UNREACHABLE_COPY_TARGET)
+        raise _aborted(Asc.UNREACHABLE_COPY_TARGET, at)
     one = cscds[index]
+    if one[1] & _NUL:
+        raise _aborted(Asc.UNREACHABLE_COPY_TARGET, _cscd_at(index))  # whatever it designates besides
     wanted = bytes([one[4] & 0x0F, one[5] & 0x3F, 0, min(one[7], 20)]) + one[8 : 8 + min(one[7], 20)]
     found = next((other for other in unit.neighbours(nexus) if wanted in _names(other.identity)), None)
     if found is None:
-        raise _aborted(Asc.COPY_TARGET_DEVICE_NOT_REACHABLE)
+        raise _aborted(Asc.COPY_TARGET_DEVICE_NOT_REACHABLE, _cscd_at(index))
     if one[1] & 0x1F or fields.number(one, 29, 31) not in (0, found.identity.block_size):
-        raise _aborted(Asc.INCORRECT_COPY_TARGET_DEVICE_TYPE)
+        raise _aborted(Asc.INCORRECT_COPY_TARGET_DEVICE_TYPE, _cscd_at(index))
     return found
 
 
@@ -220,9 +238,16 @@ def _pieces(source: LogicalUnit, segment: _Segment, *, onto_itself: bool) -> lis
 
 
 def copy_status(unit: Unit, _command: Command, task: Task) -> Steps:
-    """RECEIVE COPY RESULTS, COPY STATUS: of a copy that has ended, once."""
+    """RECEIVE COPY RESULTS, COPY STATUS: of a copy that goes on, or that has ended, once."""
     yield from ()
-    data = unit.copies.take(task.nexus, task.cdb[2])
+    data = unit.copies.report(task.nexus, task.cdb[2])
+    return ScsiResult(data_in=data[: fields.number(task.cdb, 10, 13)])
+
+
+def failure_details(unit: Unit, _command: Command, task: Task) -> Steps:
+    """RECEIVE COPY RESULTS, FAILED SEGMENT DETAILS: of a copy that has ended, once."""
+    yield from ()
+    data = unit.copies.details(task.nexus, task.cdb[2])
     return ScsiResult(data_in=data[: fields.number(task.cdb, 10, 13)])
 
 
@@ -240,5 +265,6 @@ def operating_parameters(unit: Unit, _command: Command, task: Task) -> Steps:
 HANDLERS = {
     fields.EXTENDED_COPY: extended_copy,
     fields.RECEIVE_COPY_STATUS: copy_status,
+    fields.RECEIVE_COPY_FAILURE_DETAILS: failure_details,
     fields.RECEIVE_COPY_OPERATING_PARAMETERS: operating_parameters,
 }

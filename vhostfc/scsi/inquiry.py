@@ -193,7 +193,7 @@ def _scsi_ports(identity: Identity) -> bytes:
 
 def _third_party_copy(identity: Identity) -> bytes:
     """8Fh (SPC-4 7.8.17): supported commands, parameter data, supported descriptors, CSCD IDs, general operations."""
-    commands = bytes([0x83, 1, 0x00, 0x84, 2, 0x00, 0x03])
+    commands = bytes([0x83, 1, 0x00, 0x84, 3, 0x00, 0x03, 0x04])
     parts = (
         (0x0001, bytes([len(commands)]) + commands),
         (0x0004, struct.pack("!4xHHII12x", MAX_CSCDS, MAX_SEGMENTS, MAX_COPY_LIST, 0)),

@@ -34,6 +34,7 @@ class Asc(enum.IntEnum):
     """Additional sense code << 8 | its qualifier, by the names of SPC-4 annex F."""
 
     NO_ADDITIONAL_SENSE_INFORMATION = 0x0000
+    OPERATION_IN_PROGRESS = 0x0016
     LOGICAL_UNIT_NOT_READY_INITIALIZING_COMMAND_REQUIRED = 0x0402
     LOGICAL_UNIT_NOT_READY_MANUAL_INTERVENTION_REQUIRED = 0x0403
     LOGICAL_UNIT_NOT_READY_FORMAT_IN_PROGRESS = 0x0404
@@ -112,15 +113,17 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Sense:
-    """What went wrong.  information: an LBA, or for COMPARE AND WRITE a byte offset.
+    """What went wrong.  information: an LBA, for COMPARE AND WRITE a byte offset, for EXTENDED COPY the blocks left.
 
     field: the sense-key specific part: which field is in error, or how far an operation is.
+    command_specific: for EXTENDED COPY the number of the segment.
     """
 
     key: SenseKey
     asc: Asc
     information: int | None = None
     field: FieldPointer | Progress | None = None
+    command_specific: int | None = None
 
     def encode(self, *, descriptor: bool = False) -> bytes:
         """Sense data: 18 bytes in fixed format, or 8 bytes and descriptors with descriptor=True.
@@ -132,12 +135,13 @@ class Sense:
     def _fixed(self) -> bytes:
         fits = self.information is not None and self.information <= 0xFFFFFFFF
         return struct.pack(
-            "!BBBIB4xHB3s",
+            "!BBBIBIHB3s",
             0x70 | 0x80 * fits,
             0,
             self.key,
             self.information if fits and self.information is not None else 0,
             10,
+            self.command_specific or 0,
             self.asc,
             0,
             self.field.encode() if self.field else bytes(3),
@@ -147,6 +151,8 @@ class Sense:
         body = b""
         if self.information is not None:
             body += struct.pack("!BBBxQ", 0x00, 0x0A, 0x80, self.information)
+        if self.command_specific is not None:
+            body += struct.pack("!BBxxQ", 0x01, 0x0A, self.command_specific)
         if self.field is not None:
             body += struct.pack("!BBxx3sx", 0x02, 0x06, self.field.encode())
         return struct.pack("!BBH3xB", 0x72, self.key, self.asc, len(body)) + body

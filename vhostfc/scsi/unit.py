@@ -19,8 +19,8 @@ from vhostfc.scsi.alua import HANDLERS as GROUPING
 from vhostfc.scsi.alua import Access, AccessState
 from vhostfc.scsi.attention import UnitAttentions
 from vhostfc.scsi.cdb import COMMANDS, Command
+from vhostfc.scsi.copies import Copies
 from vhostfc.scsi.extended_copy import HANDLERS as COPYING
-from vhostfc.scsi.extended_copy import Copies
 from vhostfc.scsi.format_unit import HANDLERS as FORMATTING
 from vhostfc.scsi.inquiry import Identity, TargetPort
 from vhostfc.scsi.mode import ModePages
@@ -31,7 +31,6 @@ from vhostfc.scsi.sense import NO_SENSE, Asc, CheckCondition, Sense, SenseKey, i
 from vhostfc.scsi.server import Inventory, answer_report_luns, check_condition, inquiry_page
 from vhostfc.scsi.task import (
     AbortTasks,
-    At,
     Attribute,
     Effect,
     Fill,
@@ -203,7 +202,7 @@ class LogicalUnit:
     def execute(self, task: Task) -> Steps:
         """Run one command."""
         effect: Effect | None = None
-        doubt: Withdrawn | None = None
+        doubt: Withdrawn | MediumError | None = None
         try:
             steps = self._start(task)
             answer: object = None
@@ -216,8 +215,8 @@ class LogicalUnit:
                 doubt = None
                 try:
                     answer = yield effect
-                except Withdrawn as withdrawn:
-                    doubt = withdrawn
+                except (Withdrawn, MediumError) as problem:
+                    doubt = problem
         except ReservationConflict:
             return ScsiResult(Status.RESERVATION_CONFLICT)
         except CheckCondition as end:
@@ -229,8 +228,6 @@ class LogicalUnit:
     @staticmethod
     def _medium_sense(error: MediumError, effect: Effect | None) -> Sense:
         """The medium failed while it did this."""
-        if isinstance(effect, At):
-            return Sense(SenseKey.COPY_ABORTED, Asc.THIRD_PARTY_DEVICE_FAILURE)
         if error.space:
             return Sense(SenseKey.DATA_PROTECT, Asc.SPACE_ALLOCATION_FAILED_WRITE_PROTECT, information=error.lba)
         writes = isinstance(effect, Write | Fill | Flush)
