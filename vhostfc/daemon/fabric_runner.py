@@ -28,20 +28,6 @@ from vhostfc.scsi.server import DeviceServer
 from vhostfc.scsi.task import ScsiResult, Status, Task
 from vhostfc.scsi.unit import LogicalUnit
 
-_WRITES = frozenset(
-    {
-        fields.WRITE_6,
-        fields.WRITE_10,
-        fields.WRITE_12,
-        fields.WRITE_16,
-        fields.WRITE_32,
-        fields.WRITE_AND_VERIFY_10,
-        fields.WRITE_AND_VERIFY_12,
-        fields.WRITE_AND_VERIFY_16,
-        fields.WRITE_AND_VERIFY_32,
-        fields.WRITE_ATOMIC_16,
-    }
-)
 _OUR_FAULT = ScsiResult(Status.CHECK_CONDITION, Sense(SenseKey.HARDWARE_ERROR, Asc.INTERNAL_TARGET_FAILURE).encode())
 
 
@@ -227,9 +213,7 @@ class Runner:
 
 
 def _used(running: Running, result: ScsiResult) -> int | None:
-    """Bytes of data-out that a WRITE had a use for: FCP_DL may be more.  None: all that came."""
-    cmnd = running.exchange.cmnd
-    command = fields.known(cmnd.cdb)
-    if running.served is None or command not in _WRITES or result.status != Status.GOOD:
+    """Bytes of data-out that a command had a use for: FCP_DL may be more.  None: all that came."""
+    if running.served is None or result.status != Status.GOOD:
         return None
-    return fields.extent(command, cmnd.cdb)[1] * running.served.medium.block_size
+    return fields.data_out_length(running.exchange.cmnd.cdb, running.served.medium.block_size)

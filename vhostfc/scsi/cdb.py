@@ -285,3 +285,45 @@ def extent(command: Command, cdb: bytes) -> tuple[int, int]:
             return number(cdb, 12, 19), number(cdb, 28, 31)
         case _:
             return number(cdb, 2, 9), number(cdb, 10, 13)
+
+
+#: Commands whose data-out is a parameter list, and the bytes that hold its length.
+_LISTS = {
+    MODE_SELECT_6: (4, 4),
+    MODE_SELECT_10: (7, 8),
+    SANITIZE_OVERWRITE: (7, 8),
+    UNMAP: (7, 8),
+    EXTENDED_COPY: (10, 13),
+    SET_TARGET_PORT_GROUPS: (6, 9),
+    **dict.fromkeys(PERSISTENT_RESERVES_OUT, (5, 8)),
+}
+#: Commands that bring a block for each that they name.
+_FULL = frozenset(
+    (
+        *(WRITE_6, WRITE_10, WRITE_12, WRITE_16, WRITE_32, WRITE_ATOMIC_16, ORWRITE_16),
+        *(WRITE_AND_VERIFY_10, WRITE_AND_VERIFY_12, WRITE_AND_VERIFY_16, WRITE_AND_VERIFY_32),
+    )
+)
+_SAME = frozenset((WRITE_SAME_10, WRITE_SAME_16, WRITE_SAME_32))
+_VERIFY = frozenset((VERIFY_10, VERIFY_12, VERIFY_16, VERIFY_32))
+
+
+def data_out_length(cdb: bytes, block_size: int) -> int | None:
+    """Bytes of data-out that a command has a use for; None when its CDB does not say so, or is of no command."""
+    command = known(cdb)
+    if command is None or command == FORMAT_UNIT or len(cdb) < len(command.usage):
+        return None
+    flags = cdb[command.flags]
+    if command in _LISTS:
+        return number(cdb, *_LISTS[command])
+    if command in _FULL:
+        return extent(command, cdb)[1] * block_size
+    if command == COMPARE_AND_WRITE:
+        return 2 * cdb[13] * block_size
+    if command in _SAME:
+        no_data = command != WRITE_SAME_10 and flags & 0x01  # NDOB
+        return 0 if no_data else block_size
+    if command in _VERIFY and flags & 0x02:  # BYTCHK 01b, 11b
+        blocks = extent(command, cdb)[1]
+        return min(blocks, 1) * block_size if flags & 0x04 else blocks * block_size
+    return 0
