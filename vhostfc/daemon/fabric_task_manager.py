@@ -55,7 +55,8 @@ class TaskManager:
             code = ResponseCode.SUCCEEDED if some else ResponseCode.COMPLETE
         elif flag == TmFlag.TARGET_RESET:
             for unit in self._array.seen(exchange.target, exchange.session.wwpn).values():
-                await self._function(unit, self._served(unit), TaskManagement.LOGICAL_UNIT_RESET, nexus)
+                if (there := self._served(unit)) is not None:  # else it went while another one was reset
+                    await self._function(unit, there, TaskManagement.LOGICAL_UNIT_RESET, nexus)
             code = ResponseCode.COMPLETE
         elif function := FUNCTIONS.get(TmFlag(flag)):
             code = _RESPONSES[await self._function(server, served, function, nexus)]
