@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import trio
 
+from tests.daemon.linkadapter import read_10
 from tests.daemon.test_fabric_reservations import CHECK_CONDITION, GOOD
 from tests.daemon.test_fabricd import TARGET, UNIT, config, fabric, join
 from vhostfc.fabric.link import InFlight
@@ -57,3 +58,19 @@ async def test_a_target_reset_while_units_change(tmp_path: Path, after: str) -> 
         await one.until(lambda: done)
         assert done == [ResponseCode.COMPLETE]
         assert (await two.command(bytes(6))).sense[12:14] == bytes.fromhex("2903")
+
+
+async def test_functions_for_a_lun_where_nothing_is(tmp_path: Path) -> None:
+    async with fabric(tmp_path) as (_, nursery):
+        one = await join(nursery, tmp_path, 1)
+        for flag in (
+            TmFlag.ABORT_TASK_SET,
+            TmFlag.CLEAR_TASK_SET,
+            TmFlag.LOGICAL_UNIT_RESET,
+            TmFlag.QUERY_TASK_SET,
+        ):
+            assert await one.manage(flag, lun=9) == ResponseCode.INCORRECT_LUN
+        for flag in (TmFlag.CLEAR_ACA, TmFlag.QUERY_ASYNCHRONOUS_EVENT, TmFlag(0x80)):
+            assert await one.manage(flag) == ResponseCode.REJECTED
+        await one.command(bytes(6))
+        assert (await one.command(read_10(0, 1), data_in=512)).status == GOOD

@@ -10,7 +10,7 @@ from vhostfc.fabric.array import Array
 from vhostfc.fabric.sessions import FUNCTIONS, Exchange
 from vhostfc.fc.fcp import ResponseCode, TmFlag
 from vhostfc.fc.frame import Frame
-from vhostfc.scsi.server import DeviceServer
+from vhostfc.scsi.server import AbsentUnit, DeviceServer
 from vhostfc.scsi.task import Nexus, ServiceResponse, TaskManagement
 from vhostfc.scsi.unit import LogicalUnit
 
@@ -53,6 +53,8 @@ class TaskManager:
         if flag == TmFlag.QUERY_TASK_SET:
             some = served is not None and any(self._tasks(served, [nexus]))
             code = ResponseCode.SUCCEEDED if some else ResponseCode.COMPLETE
+            if isinstance(server, AbsentUnit):
+                code = ResponseCode.INCORRECT_LUN
         elif flag == TmFlag.TARGET_RESET:
             for unit in self._array.seen(exchange.target, exchange.session.wwpn).values():
                 if (there := self._served(unit)) is not None:  # else it went while another one was reset
