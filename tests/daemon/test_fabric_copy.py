@@ -11,7 +11,17 @@ import trio
 import trio.testing
 
 from tests.daemon.linkadapter import LinkAdapter, read_10, wwpn
-from tests.daemon.test_fabric_reservations import CONFLICT, EA, GOOD, REGISTER, RESERVE, SOMEBODY, WE, out
+from tests.daemon.test_fabric_reservations import (
+    CHECK_CONDITION,
+    CONFLICT,
+    EA,
+    GOOD,
+    REGISTER,
+    RESERVE,
+    SOMEBODY,
+    WE,
+    out,
+)
 from tests.daemon.test_fabricd import TARGET, config, fabric, join, started
 from tests.scsi.test_extended_copy import cdb, cscd, parameters, segment
 from tests.waiting import until
@@ -82,6 +92,28 @@ async def test_a_copy_ends_when_its_right_does(disk: Path) -> None:
         latch.free(SOMEBODY, 0, SIZE)
     assert done == [CONFLICT]
     assert disk.read_bytes() == before
+
+
+async def test_a_copy_ends_when_its_unit_becomes_read_only(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    unit = UNIT.format(tmp_path)
+    async with fabric(tmp_path, TARGET + unit) as (san, nursery):
+        one = await join(nursery, tmp_path, 1)
+        await one.command(bytes(6))
+        (served,) = san.placement.served.values()
+        done: list[int] = []
+        with Latch(served.medium.latch_fd) as latch:
+            assert latch.take(SOMEBODY, 0, SIZE) is None
+            nursery.start_soon(copy, one, naa(san), done)
+            await trio.sleep(0.2)
+            await san.reload(config(tmp_path, TARGET + unit + "read_only = true\n"))
+            with disk.open("r+b") as file:
+                file.write(b"a" * SIZE)  # what the copy reads, if it does
+            before = disk.read_bytes()
+            latch.free(SOMEBODY, 0, SIZE)
+        await one.until(lambda: done)
+        assert done == [CHECK_CONDITION]
+        assert disk.read_bytes() == before
 
 
 # ---------------------------------------------------------------- between units

@@ -239,9 +239,9 @@ class Effects:
             return
         if running.exchange.over:
             raise _Elsewhere
-        unit = served.unit
-        if self._resolve(running.exchange)[0] is not unit:
+        if self._resolve(running.exchange)[0] is not running.server:
             raise _Elsewhere
+        unit = served.unit
         narrowed = narrows(running.mask, unit.verdict(running.nexus))
         if narrowed or (running.epoch != served.epoch and not unit.allows(running.task)):
             raise Withdrawn

@@ -194,6 +194,7 @@ class Runner:
             return fate
         while not exchange.over:
             server, running.served = self._resolve(exchange)
+            running.server = server
             if running.served is not None:
                 running.epoch = running.served.epoch
                 running.served.losses.known(running.nexus)

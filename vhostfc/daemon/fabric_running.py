@@ -15,6 +15,7 @@ import trio
 from vhostfc.daemon.fabric_units import Served
 from vhostfc.fabric.sessions import Exchange
 from vhostfc.fc.wwn import Wwn
+from vhostfc.scsi.server import DeviceServer
 from vhostfc.scsi.task import Attribute, Nexus, Task
 
 #: Commands that may run at a time for one initiator port; the others of its ration wait.
@@ -25,8 +26,9 @@ AT_ONCE = 16
 class Running:
     """A command under way.
 
-    began: the unit that it was for when it came; served: that which it is for now.  after: those that it has to
-    wait for (task attributes, SAM-5 8.7).  mask, epoch: the verdict and the unit's epoch that it goes on with.
+    began: the unit that it was for when it came; served: that which it is for now; server: what executes it.
+    after: those that it has to wait for (task attributes, SAM-5 8.7).  mask, epoch: the verdict and the unit's
+    epoch that it goes on with.
     """
 
     exchange: Exchange
@@ -38,6 +40,7 @@ class Running:
     mask: bytes = b""
     epoch: int = 0
     task: Task | None = None
+    server: DeviceServer | None = None
 
     @property
     def nexus(self) -> Nexus:
