@@ -94,6 +94,59 @@ async def test_a_copy_ends_when_its_right_does(disk: Path) -> None:
     assert disk.read_bytes() == before
 
 
+@pytest.mark.parametrize("why", ["news", "no cache"])
+@pytest.mark.parametrize("how", ["write protect", "standby"])
+async def test_a_copy_ends_when_its_right_does_also_where_its_nexus_may_not_write_by_itself(
+    tmp_path: Path, how: str, why: str
+) -> None:
+    """With a unit attention pending, or while WCE is off, it may not before and after: that is no measure."""
+    disk = tmp_path / "disk"
+    disk.write_bytes(b"".join(n.to_bytes(4, "big") * (SIZE // 4) for n in range(4 * 2048)))
+    async with fabric(tmp_path, TARGET + UNIT.format(tmp_path)) as (san, nursery):
+        one, two = await join(nursery, tmp_path, 1), await join(nursery, tmp_path, 2)
+        for each in (one, two):
+            await each.command(bytes(6))
+        (served,) = san.placement.served.values()
+        done: list[int] = []
+        with Latch(served.medium.latch_fd) as latch:
+            for piece in (0, 1):
+                assert latch.take(SOMEBODY, piece << 20, SIZE) is None
+            if why == "no cache":
+                assert await select(one, NO_CACHE) == GOOD
+                await two.command(bytes(6))
+            nursery.start_soon(copy, one, naa(san), done)
+            await trio.sleep(0.2)
+            if why == "news":
+                assert await select(two, D_SENSE) == GOOD
+            latch.free(SOMEBODY, 1 << 20, SIZE)
+            await trio.sleep(0.2)  # the second piece is copied, and the third waits for its source
+            assert latch.take(SOMEBODY, 1 << 20, SIZE) is None
+            latch.free(SOMEBODY, 0, SIZE)
+            await trio.sleep(0.2)  # and now for its destination
+            if how == "standby":
+                stpg = bytes([0xA4, 0x0A, 0, 0, 0, 0, 0, 0, 0, 8, 0, 0])
+                assert (await two.command(stpg, data_out=bytes(4) + bytes([2, 0, 0, 1]))).status == GOOD
+            else:
+                assert await select(two, PROTECT) == GOOD
+            before = disk.read_bytes()
+            assert not done
+            latch.free(SOMEBODY, 1 << 20, SIZE)
+        await one.until(lambda: done)
+        assert done == [CHECK_CONDITION]
+        assert disk.read_bytes() == before
+
+
+NO_CACHE = bytes.fromhex("08 12 00 00 ffff 0000 ffff ffff 00 00 0000 00 000000")
+D_SENSE = bytes.fromhex("0a 0a 06 10 00 40 00 00 ffff 0000")
+PROTECT = bytes.fromhex("0a 0a 02 10 08 40 00 00 ffff 0000")
+
+
+async def select(one: LinkAdapter, page: bytes) -> int:
+    """A MODE SELECT of this page; its status."""
+    cdb = bytes([0x15, 0x10, 0, 0, 4 + len(page), 0])
+    return (await one.command(cdb, data_out=bytes(4) + page)).status
+
+
 async def test_a_copy_ends_when_its_unit_becomes_read_only(tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     unit = UNIT.format(tmp_path)
