@@ -3,6 +3,9 @@
 The state of a group is the unit's own.  It is changed by the array (implicitly) or by an initiator with
 SET TARGET PORT GROUPS (explicitly), both at once and for good: there is no time in which a transition
 goes on, so TRANSITIONING is a state that only the array sets.
+
+SPC-4 5.16.2.4.5 wants PERIPHERAL QUALIFIER 001b of an INQUIRY through a port in the unavailable state.  It stays 000b:
+Linux binds no disk to a unit that says 001b, and does not ask again when the state is another.
 """
 
 from __future__ import annotations
