@@ -160,6 +160,9 @@ def test_supported_task_management_functions(disk: Target) -> None:
     # ATS, ATSS, CTSS, LURS
     assert disk.good("a3 0d 00 000000 00000010 00 00") == bytes.fromhex("d8 02 00 00")
     assert disk.good("a3 0d 80 000000 00000010 00 00") == bytes.fromhex("d8 02 00 0c") + bytes(12)
+    assert disk.good("a3 0d 80 000000 00000004 00 00") == bytes.fromhex("d8 02 00 0c")
+    for length in range(4):
+        assert disk.bad(f"a3 0d 00 000000 0000000{length} 00 00") == "5/24/00:c6", "SPC-4 6.36: four at least"
 
 
 def test_log_sense_has_the_page_of_pages(disk: Target) -> None:

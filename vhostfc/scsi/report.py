@@ -96,9 +96,11 @@ def _timeouts(command: Command) -> bytes:
     return struct.pack("!HxBII", 10, 0, *command.seconds)
 
 
-def supported_task_management(*, extended: bool) -> bytes:
+def supported_task_management(request: bytes) -> bytes:
     """REPORT SUPPORTED TASK MANAGEMENT FUNCTIONS: ATS, ATSS, CTSS, LURS, QTSS; with REPD set, 16 bytes, no timeouts."""
-    return bytes([0xD8, 0x02, 0, 12]) + bytes(12) if extended else bytes([0xD8, 0x02, 0, 0])
+    if cdb.number(request, 6, 9) < 4:
+        raise invalid_cdb(6)
+    return bytes([0xD8, 0x02, 0, 12]) + bytes(12) if request[2] & 0x80 else bytes([0xD8, 0x02, 0, 0])
 
 
 def log_pages(request: bytes) -> bytes:

@@ -302,7 +302,7 @@ class LogicalUnit:
             case fields.REPORT_SUPPORTED_OPERATION_CODES:
                 data = report.supported_operation_codes(cdb, self._commands)[: fields.number(cdb, 6, 9)]
             case fields.REPORT_SUPPORTED_TASK_MANAGEMENT_FUNCTIONS:
-                data = report.supported_task_management(extended=bool(cdb[2] & 0x80))[: fields.number(cdb, 6, 9)]
+                data = report.supported_task_management(cdb)[: fields.number(cdb, 6, 9)]
             case fields.READ_DEFECT_DATA_10:
                 data = report.defect_data_10(cdb)[: fields.number(cdb, 7, 8)]
             case fields.READ_DEFECT_DATA_12:
