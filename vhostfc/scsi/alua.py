@@ -150,7 +150,9 @@ def set_target_port_groups(unit: Unit, _command: Command, task: Task) -> Steps:
     length = fields.number(task.cdb, 6, 9)
     if not length:
         return ScsiResult()
-    if length < 4 or length % 4 or len(task.data_out) < length:
+    if length < 4 or length % 4:
+        raise invalid_cdb(6)
+    if len(task.data_out) < length:
         raise illegal(Asc.PARAMETER_LIST_LENGTH_ERROR)
     wanted: dict[int, AccessState] = {}
     groups = _groups(unit.identity)
