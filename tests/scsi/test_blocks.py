@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tests.scsi.conftest import ALICE, Target, describe, target
 from vhostfc.scsi.task import Extents, Fill, Flush, Hold, MediumError, Read, Task, Write
@@ -275,6 +277,14 @@ def test_a_miscompare_names_the_offset_and_writes_nothing(disk: Target) -> None:
 
     assert disk.bad(compare_and_write(9, 2), ZEROS + ZEROS + A + B) == "E/1D/00@203"
     assert disk.effects == [Hold(9, 2), Read(9, 2)]
+
+
+@given(places=st.sets(st.integers(0, 3 * 512 - 1), min_size=1, max_size=4))
+def test_a_miscompare_names_the_first_of_several(places: set[int]) -> None:
+    disk = target()
+    for place in places:
+        disk.medium.data[512 * 9 + place] = 1
+    assert disk.bad(compare_and_write(9, 3), ZEROS * 3 + A * 3) == f"E/1D/00@{min(places):X}"
 
 
 def test_compare_and_write_insists_on_its_limits(disk: Target) -> None:

@@ -105,8 +105,15 @@ def _miscompare(at: int) -> CheckCondition:
 
 
 def _difference(one: bytes, other: bytes) -> int:
-    """The offset of the first byte that differs."""
-    return next(i for i, (a, b) in enumerate(zip(one, other, strict=True)) if a != b)
+    """The offset of the first byte that differs; by halves, since byte by byte takes all others' time."""
+    low, high = 0, len(one)
+    while high - low > 1:
+        middle = (low + high) // 2
+        if one[low:middle] == other[low:middle]:
+            low = middle
+        else:
+            high = middle
+    return low
 
 
 def _bytes(answer: object) -> bytes:
