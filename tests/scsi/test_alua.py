@@ -115,6 +115,11 @@ def test_a_state_that_is_so_already_is_told_to_nobody(cluster: Cluster) -> None:
     assert cluster.attentions() == {}
 
 
+def test_states_of_groups_that_lead_elsewhere_are_no_news(cluster: Cluster) -> None:
+    cluster.target.unit.set_access({1: AccessState.OPTIMIZED, 2: AccessState.OPTIMIZED, 3: AccessState.STANDBY})
+    assert cluster.attentions() == {}
+
+
 def test_what_an_initiator_set_stays_until_the_array_wants_another(cluster: Cluster) -> None:
     unit = cluster.target.unit
     unit.set_access({1: AccessState.OPTIMIZED, 2: AccessState.NON_OPTIMIZED})

@@ -88,19 +88,22 @@ class Access:
         """STATUS CODE: why it has this state."""
         return self._status.get(group, 0)
 
-    def give(self, states: Mapping[int, AccessState]) -> bool:
-        """The array gives groups these states: those that it did not have before; what initiators set stays else."""
+    def give(self, states: Mapping[int, AccessState]) -> frozenset[int]:
+        """The array gives groups these states: those that it did not have before; what initiators set stays else.
+
+        Returns the groups that have another state now.
+        """
         before, self._given = self._given, dict(states)
         new = {group: state for group, state in states.items() if state != before.get(group, AccessState.OPTIMIZED)}
         return self.set(new, explicit=False)
 
-    def set(self, states: Mapping[int, AccessState], *, explicit: bool) -> bool:
-        """True if something is another now."""
-        changed = {group for group, state in states.items() if state != self.state(group)}
+    def set(self, states: Mapping[int, AccessState], *, explicit: bool) -> frozenset[int]:
+        """Returns the groups that have another state now."""
+        changed = frozenset(group for group, state in states.items() if state != self.state(group))
         for group in changed:
             self._states[group] = states[group]
             self._status[group] = _EXPLICIT if explicit else _IMPLICIT
-        return bool(changed)
+        return changed
 
     def check(self, command: Command, group: int) -> None:
         """Raises CheckCondition for a command that is not served through this group."""

@@ -132,8 +132,9 @@ class LogicalUnit:
             self.attention(Asc.INQUIRY_DATA_HAS_CHANGED)
 
     def set_access(self, states: Mapping[int, AccessState]) -> None:
-        """The states that the array gives to all target port groups: ASYMMETRIC ACCESS STATE CHANGED for all."""
-        if self.access.give(states):
+        """The states that the array gives to all target port groups: ASYMMETRIC ACCESS STATE CHANGED for all, if one of
+        those that lead here is concerned."""
+        if self.access.give(states) & {port.group for port in self.identity.ports}:
             self.attention(Asc.ASYMMETRIC_ACCESS_STATE_CHANGED)
 
     def inventory_changed(self) -> None:
