@@ -14,6 +14,7 @@ from vhostfc.fabric import link
 from vhostfc.fabric.link import Route
 from vhostfc.fc.initiator import CommandResult
 from vhostfc.fc.wwn import Wwn
+from vhostfc.scsi.report import REPORT_LUNS_W_LUN
 
 ONE, TWO = Wwn(0x5006_0160_0000_0001), Wwn(0x5006_0160_0000_0002)
 REPORT_TARGET_PORT_GROUPS = bytes.fromhex("a30a 00000000 00000100 0000")
@@ -37,12 +38,10 @@ async def join(nursery: trio.Nursery, tmp_path: Path, number: int) -> LinkAdapte
 
 
 async def command(
-    one: LinkAdapter, target: Wwn, cdb: bytes, *, data_out: bytes = b"", data_in: int = 0
+    one: LinkAdapter, target: Wwn, cdb: bytes, *, data_out: bytes = b"", data_in: int = 0, lun: bytes = b""
 ) -> CommandResult:
-    lun = 0 if target == ONE else 5
-    sent = one.port.start_command(
-        one.remote(target), lun_bytes(lun), cdb, one._now(), data_out=data_out, data_in_length=data_in
-    )
+    lun = lun or lun_bytes(0 if target == ONE else 5)
+    sent = one.port.start_command(one.remote(target), lun, cdb, one._now(), data_out=data_out, data_in_length=data_in)
     await one._flush()
     await one.until(lambda: sent in one._done)
     result = one._done.pop(sent)
@@ -111,6 +110,20 @@ async def test_who_has_a_unit_is_told_that_its_paths_are_others(tmp_path: Path) 
         await san.reload(config(tmp_path, alone))
         assert (await command(one, ONE, bytes(6))).sense[12:14] == bytes.fromhex("3f03")
         assert (await command(one, ONE, bytes(6))).status == 0
+
+
+async def test_the_well_known_unit_tells_of_the_groups_as_the_units_do(tmp_path: Path) -> None:
+    """SPC-4 7.8.6.8: the target port group descriptor of page 83h is about the port that the command came through."""
+    both = two_targets("optimized")
+    async with fabric(tmp_path, both) as (san, nursery):
+        one = await join(nursery, tmp_path, 1)
+        for group in (2, 3):
+            await san.reload(config(tmp_path, both.replace("group = 2", f"group = {group}")))
+            await command(one, TWO, bytes(6))
+            for lun in (lun_bytes(5), REPORT_LUNS_W_LUN):
+                page = (await command(one, TWO, bytes.fromhex("120183010000"), data_in=256, lun=lun)).data_in
+                descriptor = bytes.fromhex("01950004 0000") + group.to_bytes(2)
+                assert descriptor in page, (group, lun.hex(), page.hex())
 
 
 async def test_physical_blocks_are_reported_and_stay(tmp_path: Path) -> None:

@@ -130,7 +130,7 @@ class Target:
     def __post_init__(self) -> None:
         self.unit = LogicalUnit(self.identity, self.medium.blocks, self)
         self.absent = AbsentUnit(self)
-        self.well_known = ReportLunsUnit(self, self.identity)
+        self.well_known = ReportLunsUnit(self, self.unit)
 
     def luns(self, nexus: Nexus) -> Iterable[int]:
         assert nexus

@@ -62,7 +62,7 @@ class Array:
         behind = self._targets[port.relative]
         behind.places = dict(places)
         some = next(iter(places.values()), None)
-        behind.well_known = ReportLunsUnit(self, some.unit.identity) if some else None
+        behind.well_known = ReportLunsUnit(self, some.unit) if some else None
 
     def resolve(self, port: TargetPort, wwpn: Wwn, lun: bytes) -> DeviceServer:
         """What answers this initiator port at a LUN: a unit, the well-known one, or the one that says there is none."""

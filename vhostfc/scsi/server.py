@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Protocol
 
 from vhostfc.scsi import cdb as fields
 from vhostfc.scsi import inquiry, report
-from vhostfc.scsi.inquiry import Identity
 from vhostfc.scsi.sense import NO_SENSE, Asc, CheckCondition, Sense, SenseKey, illegal, invalid_cdb
 from vhostfc.scsi.task import ManageSteps, Nexus, ScsiResult, ServiceResponse, Status, Steps, Task, TaskManagement
 
@@ -142,17 +141,17 @@ class AbsentUnit(_NoDisk):
 class ReportLunsUnit(_NoDisk):
     """The REPORT LUNS well-known logical unit, C101 0000 0000 0000h (SPC-4 8.2)."""
 
-    def __init__(self, inventory: Inventory, identity: Identity) -> None:
-        """identity: of any disk of the target; the names of the device are taken from it."""
+    def __init__(self, inventory: Inventory, disk: LogicalUnit) -> None:
+        """disk: any of the target; the names of the device and its ports are taken from it."""
         super().__init__(inventory)
-        self._identity = identity
+        self._disk = disk
 
     def _answer(self, task: Task) -> bytes:
         command = fields.parse(task.cdb)
         cdb = task.cdb
         match command:
             case fields.INQUIRY:
-                return inquiry.well_known_data(self._identity, inquiry_page(cdb), task.nexus.port)[
+                return inquiry.well_known_data(self._disk.identity, inquiry_page(cdb), task.nexus.port)[
                     : fields.number(cdb, 3, 4)
                 ]
             case fields.REPORT_LUNS:
