@@ -239,6 +239,25 @@ async def test_write_protection_comes_and_goes(tmp_path: Path) -> None:
         assert san.status()["targets"][0]["units"][0]["naa"] == naa
 
 
+async def test_mode_pages_stay_when_write_protection_comes_and_goes(tmp_path: Path) -> None:
+    """A guest that has turned the cache off sends no flushes any more; one that has set SWP relies on it."""
+    text = TARGET + f'[[target.unit]]\nlun = 0\nfile = "{tmp_path}/disk"\nsize = "1MiB"\n'
+    caching = bytes.fromhex("0812 0000 ffff 0000 ffff ffff 00 00 0000 00 000000")
+    control = bytes.fromhex("0a0a 0210 0840 0000 ffff 0000")
+    async with fabric(tmp_path, text) as (san, nursery):
+        one = await join(nursery, tmp_path, 1)
+        await one.command(bytes(6))
+        pages = bytes(4) + caching + control
+        assert (await one.command(bytes([0x15, 0x10, 0, 0, len(pages), 0]), data_out=pages)).status == 0
+        for more in ("read_only = true\n", ""):
+            await san.reload(config(tmp_path, text + more))
+            assert (await one.command(bytes(6))).status == 2
+            for code, page in ((8, caching), (0xA, control)):
+                found = await one.command(bytes([0x1A, 0x08, code, 0, 255, 0]), data_in=255)
+                assert found.data_in[4:] == page
+        assert (await one.command(write_10(0, 1), data_out=bytes(512))).sense[2] & 0xF == 7
+
+
 async def test_zones_that_part_end_the_login_and_zones_that_join_bring_it_back(tmp_path: Path) -> None:
     apart = f'[[zone]]\nname = "z"\nmembers = ["{wwpn(9)}"]\n'
     async with fabric(tmp_path, TARGET + unit(0)) as (san, nursery):

@@ -181,8 +181,7 @@ class Placement:
                 before = served.unit
                 del self._units[before]
                 served.unit = maker.unit(medium, before.identity.naa[0], target.wwnn, config.physical_block_size)
-                served.unit.reservations, served.unit.access = before.reservations, before.access
-                served.unit.sanitizing = before.sanitizing
+                served.unit.succeed(before)
                 self._units[served.unit] = served
             size = config.size or medium.current_size()
             if size // medium.block_size > medium.blocks:

@@ -68,6 +68,11 @@ class ModePages:
         self._current = {code: one.default for code, one in self._formats.items()}
         self.version += 1
 
+    def belong(self, identity: Identity) -> None:
+        """The pages are those of a disk that differs from the former one in nothing but `read_only`."""
+        self._identity = identity
+        self.version += 1
+
     @property
     def d_sense(self) -> bool:
         """Sense data is wanted in descriptor format."""

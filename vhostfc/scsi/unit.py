@@ -100,6 +100,12 @@ class LogicalUnit:
         """A nexus begins: it has a power-on (or, when it comes back, nexus loss) unit attention pending."""
         self.attentions.attach(nexus)
 
+    def succeed(self, before: LogicalUnit) -> None:
+        """Take the place of a unit that differs in nothing but whether it is read-only, with all that it holds."""
+        self.reservations, self.access, self.sanitizing = before.reservations, before.access, before.sanitizing
+        self.mode = before.mode
+        self.mode.belong(self.identity)
+
     def detach(self, nexus: Nexus) -> None:
         """A nexus ends, and with it a RESERVE; registrations stay (SPC-4 5.12.1).
 
