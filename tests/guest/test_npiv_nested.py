@@ -2,7 +2,7 @@
 
 The outer guest's kernel is the host with the HBA; QEMU runs inside it, its SeaBIOS drives the adapter, and the boot
 sector comes over virtio-scsi, vhost-user, the SCSI generic driver, libfc, fcoe and the fabric.  Two emulators on top of
-each other: minutes.
+each other: half a minute on a machine that has nothing else to do.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from tests.lab.fcoe import attachment, netdev
 from tests.lab.npiv import NpivGuest
 from tests.lab.san import San, UnitSpec
 
-pytestmark = [pytest.mark.guest, pytest.mark.long]
+pytestmark = pytest.mark.guest
 
 LINE = "a unit of the vport has booted"
 
