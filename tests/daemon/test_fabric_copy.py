@@ -97,11 +97,10 @@ async def test_a_copy_ends_when_its_right_does(disk: Path) -> None:
 @pytest.mark.parametrize("why", ["news", "no cache"])
 @pytest.mark.parametrize("how", ["write protect", "standby"])
 async def test_a_copy_ends_when_its_right_does_also_where_its_nexus_may_not_write_by_itself(
-    tmp_path: Path, how: str, why: str
+    disk: Path, tmp_path: Path, how: str, why: str
 ) -> None:
     """With a unit attention pending, or while WCE is off, it may not before and after: that is no measure."""
-    disk = tmp_path / "disk"
-    disk.write_bytes(b"".join(n.to_bytes(4, "big") * (SIZE // 4) for n in range(4 * 2048)))
+    was = disk.read_bytes()
     async with fabric(tmp_path, TARGET + UNIT.format(tmp_path)) as (san, nursery):
         one, two = await join(nursery, tmp_path, 1), await join(nursery, tmp_path, 2)
         for each in (one, two):
@@ -115,11 +114,12 @@ async def test_a_copy_ends_when_its_right_does_also_where_its_nexus_may_not_writ
                 assert await select(one, NO_CACHE) == GOOD
                 await two.command(bytes(6))
             nursery.start_soon(copy, one, naa(san), done)
-            await trio.sleep(0.2)
+            await until(lambda: disk.read_bytes()[3 << 20 :] == was[2 << 20 : 3 << 20])
             if why == "news":
                 assert await select(two, D_SENSE) == GOOD
             latch.free(SOMEBODY, 1 << 20, SIZE)
-            await trio.sleep(0.2)  # the second piece is copied, and the third waits for its source
+            await until(lambda: disk.read_bytes()[2 << 20 : 3 << 20] == was[1 << 20 : 2 << 20])
+            # the second piece is copied, and the third waits for its source
             assert latch.take(SOMEBODY, 1 << 20, SIZE) is None
             latch.free(SOMEBODY, 0, SIZE)
             await trio.sleep(0.2)  # and now for its destination
@@ -147,8 +147,8 @@ async def select(one: LinkAdapter, page: bytes) -> int:
     return (await one.command(cdb, data_out=bytes(4) + page)).status
 
 
-async def test_a_copy_ends_when_its_unit_becomes_read_only(tmp_path: Path) -> None:
-    disk = tmp_path / "disk"
+async def test_a_copy_ends_when_its_unit_becomes_read_only(disk: Path, tmp_path: Path) -> None:
+    was = disk.read_bytes()
     unit = UNIT.format(tmp_path)
     async with fabric(tmp_path, TARGET + unit) as (san, nursery):
         one = await join(nursery, tmp_path, 1)
@@ -158,7 +158,7 @@ async def test_a_copy_ends_when_its_unit_becomes_read_only(tmp_path: Path) -> No
         with Latch(served.medium.latch_fd) as latch:
             assert latch.take(SOMEBODY, 0, SIZE) is None
             nursery.start_soon(copy, one, naa(san), done)
-            await trio.sleep(0.2)
+            await until(lambda: disk.read_bytes()[2 << 20 :] == was[1 << 20 : 3 << 20])
             await san.reload(config(tmp_path, TARGET + unit + "read_only = true\n"))
             with disk.open("r+b") as file:
                 file.write(b"a" * SIZE)  # what the copy reads, if it does

@@ -22,8 +22,8 @@ from tests.daemon.test_fabric_reservations import CLEAR, EA, GOOD, IGNORE, PREEM
 from tests.daemon.test_fabricd import config, fabric, join
 from tests.scsi.test_extended_copy import cdb as copy_cdb
 from tests.scsi.test_extended_copy import cscd, parameters, segment
-from vhostfc.daemon import media
 from vhostfc.daemon.fabricd import Fabric
+from vhostfc.daemon.medium import Medium
 
 GUESTS = (1, 2, 3)
 ADMIN = 9
@@ -38,7 +38,7 @@ class Watch:
     taken: str | None = None
     landed: list[tuple[str, int, str]] = field(default_factory=list)
 
-    def see(self, medium: media.Medium, lba: int, when: str) -> None:
+    def see(self, medium: Medium, lba: int, when: str) -> None:
         if self.taken is not None and medium.name.endswith("disk0") and lba >= BLOCKS:
             self.landed.append((self.taken, lba, when))
 
@@ -49,9 +49,9 @@ def watched(pause: Callable[[], float]) -> Iterator[Watch]:
     watch, patch = Watch(), pytest.MonkeyPatch()
 
     def slow(name: str) -> None:
-        before = getattr(media.Medium, name)
+        before = getattr(Medium, name)
 
-        def call(self: media.Medium, lba: int, *arguments: object) -> object:
+        def call(self: Medium, lba: int, *arguments: object) -> object:
             time.sleep(pause())
             if name != "_read":
                 watch.see(self, lba, "begun")
@@ -61,7 +61,7 @@ def watched(pause: Callable[[], float]) -> Iterator[Watch]:
                 if name != "_read":
                     watch.see(self, lba, "done")
 
-        patch.setattr(media.Medium, name, call)
+        patch.setattr(Medium, name, call)
 
     for name in ("_read", "_write", "_fill"):
         slow(name)
