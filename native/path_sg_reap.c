@@ -18,6 +18,7 @@
 
 #define READY 16
 #define DOUBT_NS 50000000ull	/* until the second look at a remote port */
+#define AT_ONCE_NS 1l	/* there was no room to give all back */
 #define DID_PARITY 0x06
 #define DID_ERROR 0x07
 #define DRIVER_TIMEOUT 0x06
@@ -279,7 +280,9 @@ static unsigned tick(struct sg *sg, struct vfc_cmd **done, unsigned count, unsig
 		}
 	haste |= sg->doubts;
 	sg->ticking = sg->hasty = false;
-	if (haste || count == max)
+	if (count == max)
+		sg_tick_after(sg, AT_ONCE_NS);
+	else if (haste)
 		sg_tick_after(sg, SG_HASTE_NS);
 	else if (sg->under_way)
 		sg_tick_after(sg, SG_TICK_NS);
@@ -290,22 +293,24 @@ unsigned sg_reap(struct vfc_path_engine *engine, struct vfc_cmd **done, unsigned
 {
 	struct sg *sg = sg_of(engine);
 	struct epoll_event ready[READY];
-	unsigned count = 0;
+	unsigned count = 0, share;
 	int found;
 
 	if (!sg->lanes && !sg->ticking)
 		return 0;
-	found = epoll_wait(sg->epoll_fd, ready, READY, 0);
-	for (int i = 0; i < found && count < max; i++) {
+	/* Each of these has its share; those for which there is no room come first the next time: the kernel goes round. */
+	found = epoll_wait(sg->epoll_fd, ready, max < READY ? (int)max : READY, 0);
+	for (int i = 0; i < found; i++) {
 		struct stream *stream = ready[i].data.ptr;
 
+		share = count + (max - count) / (unsigned)(found - i);
 		if (!stream) {
-			count = tick(sg, done, count, max);
+			count = tick(sg, done, count, share);
 			continue;
 		}
-		count = drain(sg, stream, ready[i].events & (EPOLLHUP | EPOLLERR), done, count, max);
+		count = drain(sg, stream, ready[i].events & (EPOLLHUP | EPOLLERR), done, count, share);
 		if (stream->hung && stream->under_way && !sg->hasty)
-			sg_tick_after(sg, SG_HASTE_NS);
+			sg_tick_after(sg, count == share ? AT_ONCE_NS : SG_HASTE_NS);
 	}
 	if (sg->leaving)
 		sg_end_lanes(sg);

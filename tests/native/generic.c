@@ -392,3 +392,95 @@ TEST(an_sg_engine_without_routes_has_nothing_to_do)
 	path_sg_free(engine);
 	device_end();
 }
+
+/* ---------------------------------------------------------------- many ends */
+
+#define ENDS 4	/* that are taken at a time */
+
+/* An engine of the test's own over the device's files, each of which has all that it takes. */
+static struct {
+	struct vfc_path_engine *engine;
+	struct vfc_path path;
+	struct vfc_cmd commands[16 * FILES];
+} bare;
+
+static void bare_submit(struct vfc_cmd *command)
+{
+	static const uint8_t cdb[32];	/* TEST UNIT READY */
+
+	*command = (struct vfc_cmd){ .path = &bare.path, .op = VFC_OP_FLUSH, .cdb = cdb, .cdb_length = sizeof(cdb) };
+	CHECK_EQUAL(bare.engine->ops->submit(bare.engine, command), VFC_QUEUED);
+}
+
+static void bare_begin(void)
+{
+	device_begin(64, 64);
+	device_close_route(VFC_FINISH);
+	bare.path = (struct vfc_path){ .medium = device.medium };
+	CHECK_EQUAL(path_sg_new(&bare.engine), 0);
+	CHECK_EQUAL(bare.engine->ops->open(bare.engine, &bare.path, 0), 0);
+	for (unsigned i = 0; i < 16 * FILES; i++)
+		bare_submit(&bare.commands[i]);
+}
+
+static void bare_end(void)
+{
+	bare.engine->ops->close(bare.engine, &bare.path);
+	path_sg_free(bare.engine);
+	device_end();
+}
+
+TEST(an_sg_file_with_many_ends_keeps_no_other_waiting)
+{
+	struct sg_io_hdr others[16], header;
+	struct vfc_cmd *done[ENDS];
+	unsigned file, waiting = 0, rounds = 0, took = 0;
+
+	bare_begin();
+	/* The first file's come back, and one of the second's. */
+	for (unsigned i = 0; i < 16 * FILES; i++) {
+		header = device_take(&file);
+		if (file)
+			others[waiting++] = header;
+		else
+			device_give(file, &header);
+	}
+	device_give(1, &others[--waiting]);
+	/* What is taken from the first is asked for again, and back before anybody looks. */
+	for (bool seen = false; !seen; rounds++) {
+		CHECK(rounds < 8);
+		took = bare.engine->ops->reap(bare.engine, done, ENDS);
+		for (unsigned i = 0; i < took; i++) {
+			seen |= (done[i] - bare.commands) % FILES;
+			bare_submit(done[i]);
+			header = device_take(&file);
+			device_give(file, &header);
+		}
+	}
+	while (waiting)
+		device_give(1, &others[--waiting]);
+	for (unsigned left = 16 * FILES; left; left -= took)
+		took = bare.engine->ops->reap(bare.engine, done, ENDS);
+	bare_end();
+}
+
+TEST(what_ends_with_its_sg_device_ends_at_once)
+{
+	struct vfc_cmd *done[ENDS];
+	unsigned file;
+
+	bare_begin();
+	for (unsigned i = 0; i < 16 * FILES; i++)
+		device_take(&file);
+	for (unsigned i = 0; i < FILES; i++)
+		shutdown(device.ends[i], SHUT_RDWR);
+	for (unsigned left = 16 * FILES, took; left; left -= took) {
+		struct pollfd more = { .fd = bare.engine->ops->wait_fd(bare.engine), .events = POLLIN };
+
+		CHECK_EQUAL(poll(&more, 1, 1), 1);
+		took = bare.engine->ops->reap(bare.engine, done, ENDS);
+		for (unsigned i = 0; i < took; i++)
+			CHECK_EQUAL(done[i]->result->response, S_BAD_TARGET);
+	}
+	bare_end();
+}
