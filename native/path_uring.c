@@ -39,6 +39,7 @@ struct uring {
 	struct crew crew;
 	enum { NO_CREW_YET, CREW, NO_CREW } has;	/* made when the first has something to do */
 	bool hears;		/* the ring looks at the crew's eventfd */
+	bool left_out;		/* the crew, the last time, since the ring had so much: it goes first */
 	bool enabled;		/* the worker's thread has made it its own */
 	bool registers;		/* there is a table of files */
 	uint64_t taken[FILES / 64];	/* of its slots */
@@ -215,15 +216,10 @@ static unsigned reap_crew(struct uring *uring, struct vfc_cmd **done, unsigned c
 	return count;
 }
 
-static unsigned reap(struct vfc_path_engine *engine, struct vfc_cmd **done, unsigned max)
+static unsigned reap_ring(struct uring *uring, struct vfc_cmd **done, unsigned count, unsigned max)
 {
-	struct uring *uring = uring_of(engine);
 	struct io_uring_cqe *cqe;
-	unsigned count = 0;
 
-	/* Nobody owes us anything: not even a look at the ring. */
-	if (!uring->pool.under_way && !uring->cancels && uring->has != CREW)
-		return 0;
 	while (count < max && !io_uring_peek_cqe(&uring->ring, &cqe)) {
 		struct bounce *bounce = io_uring_cqe_get_data(cqe);
 		int result = cqe->res;
@@ -246,8 +242,24 @@ static unsigned reap(struct vfc_path_engine *engine, struct vfc_cmd **done, unsi
 		if (done[count])
 			count++;
 	}
+	return count;
+}
+
+static unsigned reap(struct vfc_path_engine *engine, struct vfc_cmd **done, unsigned max)
+{
+	struct uring *uring = uring_of(engine);
+	bool crew_first = uring->left_out;
+	unsigned count;
+
+	/* Nobody owes us anything: not even a look at the ring. */
+	if (!uring->pool.under_way && !uring->cancels && uring->has != CREW)
+		return 0;
+	count = reap_ring(uring, done, crew_first ? reap_crew(uring, done, 0, max) : 0, max);
+	if (uring->has != CREW)
+		return count;
+	uring->left_out = count == max && !crew_first;
 	/* Last: a note of the crew's that was read just now may be of these. */
-	return uring->has == CREW ? reap_crew(uring, done, count, max) : count;
+	return reap_crew(uring, done, count, max);
 }
 
 static void cancel(struct vfc_path_engine *engine, struct vfc_cmd *cmd)

@@ -28,13 +28,14 @@ SOURCES = {
         "moves",
         "fencing",
         "paths",
+        "cached",
         "losses",
         "generic",
         "kept",
         "memory",
         "together",
     ),
-    "thread": ("ordered", "rings", "packed", "polling", "moves", "fencing", "paths", "losses", "memory", "together"),
+    "thread": ("ordered", "rings", "packed", "polling", "moves", "fencing", "paths", "cached", "losses", "memory", "together"),
 }
 #: Tests that are about commands, and so run over rings of each layout (see HARNESS_LAYOUT in harness.h).
 COMMANDS = ("requests", "ordered", "fencing", "paths", "generic", "kept", "memory")
