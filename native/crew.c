@@ -3,7 +3,10 @@
  *
  * The worker is told of what is finished when there is nothing left to begin, or a few are finished, or some time has
  * gone by: a thread that woke it up after each write would mostly pay for that (the two may have one CPU between them).
- * What is finished and not told of may have to wait for the next write of its thread, which is of the same load.
+ * What is finished and not told of may have to wait for the next write of its thread, which is of the same load.  It
+ * does not wait for another file, which may be slow: for each that is wanted somebody is called, so one of those finds
+ * nothing left when a thread goes on to what it was not called for.  Where there was nobody to be called the thread
+ * tells before it goes on.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -81,6 +84,7 @@ static void finish(struct crew *crew, struct bounce *bounce)
 static void *serve(void *argument)
 {
 	struct crew *crew = argument;
+	const struct vfc_path *last = NULL;
 	unsigned untold = 0;
 	uint64_t since = 0;
 
@@ -91,6 +95,7 @@ static void *serve(void *argument)
 		if (!bounce) {
 			tell(crew);
 			untold = 0;
+			crew->short_handed = false;
 			crew->resting++;
 			pthread_cond_wait(&crew->work, &crew->lock);
 			crew->resting--;
@@ -98,6 +103,11 @@ static void *serve(void *argument)
 				crew->called--;
 			continue;
 		}
+		if (untold && crew->short_handed && (!in_turn(bounce) || bounce->path != last)) {
+			tell(crew);
+			untold = 0;
+		}
+		last = bounce->path;
 		bounce->begun = true;
 		if (bounce->cancelled)
 			bounce->error = -ECANCELED;
@@ -147,8 +157,8 @@ static void call(struct crew *crew)
 	if (crew->resting > crew->called) {
 		crew->called++;
 		pthread_cond_signal(&crew->work);
-	} else if (crew->threads < crew->most) {
-		(void)grow(crew);
+	} else if (crew->threads == crew->most || grow(crew)) {
+		crew->short_handed = true;
 	}
 }
 

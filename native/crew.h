@@ -25,6 +25,7 @@ struct crew {
 	struct bounce_list wanted;	/* each may begin at once */
 	struct bounce_list finished;
 	bool told;			/* the worker, of what is finished */
+	bool short_handed;	/* nobody was left to be called, since it was last seen that nothing is wanted */
 	bool quit;
 	unsigned threads, resting, called;
 	pthread_t thread[CREW_MOST];

@@ -87,3 +87,44 @@ TEST(ends_of_the_ring_keep_no_cached_write_waiting)
 	free(bare.cached.holders);
 	unit_close(&unit);
 }
+
+/* ---------------------------------------------------------------- when the worker hears of it */
+
+#define THREADS 16	/* of the pool */
+
+TEST(a_cached_write_that_is_done_waits_for_no_other_file)
+{
+	struct vfc_msg second = { .kind = VFC_MSG_ROUTE, .route = { .lun = 1, .in_flight = VFC_FINISH } };
+	struct unit beside;
+	struct request write;
+
+	one_begin(VFC_MEDIUM_DIRECT, VFC_ENGINE_NO_URING);
+	CHECK_EQUAL(drive_stop(&ring, 0).result, 0);
+	drive_close(&ring);
+	drive_open(&ring, &guest, 3, VFC_RING_REQUEST, 128, 0);
+	unit_open(&beside, VFC_MEDIUM_FILE, 4096, 2);
+	second.route.medium = beside.medium;
+	memset(second.route.mask, 0xff, sizeof(second.route.mask));
+	CHECK_EQUAL(guest_ask(&guest, 0, &second).result, 0);
+	/* All threads but one hang.  That one writes, and hangs next. */
+	gate_close_to_reads();
+	for (unsigned i = 0; i < THREADS - 1; i++) {
+		struct request read = request_rw(&ring, i, OP_READ_10, i, 1);
+
+		request_send(&ring, &read);
+	}
+	gate_await(THREADS - 1);
+	write = request_rw(&ring, THREADS, OP_WRITE_10, 0, 1);
+	request_header(&ring, &write)[3] = 1;
+	drive_offer(&ring, write.head);
+	drive_offer(&ring, request_rw(&ring, THREADS + 1, OP_READ_10, THREADS, 1).head);
+	drive_kick(&ring);
+	CHECK_EQUAL(drive_wait(&ring).head, write.head);
+	gate_open();
+	for (unsigned i = 0; i < THREADS; i++)
+		drive_wait(&ring);
+	second.route.medium = NULL;
+	CHECK_EQUAL(guest_ask(&guest, 0, &second).result, 0);
+	one_end();
+	unit_close(&beside);
+}

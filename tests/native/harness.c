@@ -628,14 +628,25 @@ void unit_close(struct unit *unit)
 
 static pthread_mutex_t gate_lock = PTHREAD_MUTEX_INITIALIZER;
 static pthread_cond_t gate_turn = PTHREAD_COND_INITIALIZER;
-static bool gate_shut;
+static bool gate_shut, gate_lets_writes;
 static unsigned gate_waiting;
 
-void gate_close(void)
+static void shut(bool lets_writes)
 {
 	pthread_mutex_lock(&gate_lock);
 	gate_shut = true;
+	gate_lets_writes = lets_writes;
 	pthread_mutex_unlock(&gate_lock);
+}
+
+void gate_close(void)
+{
+	shut(false);
+}
+
+void gate_close_to_reads(void)
+{
+	shut(true);
 }
 
 void gate_open(void)
@@ -664,12 +675,12 @@ void gate_await(unsigned threads)
 	pthread_mutex_unlock(&gate_lock);
 }
 
-static void pass_gate(void)
+static void pass_gate(bool writes)
 {
 	pthread_mutex_lock(&gate_lock);
 	gate_waiting++;
 	pthread_cond_broadcast(&gate_turn);
-	while (gate_shut)
+	while (gate_shut && !(writes && gate_lets_writes))
 		pthread_cond_wait(&gate_turn, &gate_lock);
 	gate_waiting--;
 	pthread_mutex_unlock(&gate_lock);
@@ -703,13 +714,13 @@ ssize_t __wrap_preadv2(int fd, const struct iovec *iov, int count, off_t offset,
 		errno = EAGAIN;
 		return shut ? -1 : __real_preadv2(fd, iov, count, offset, flags);
 	}
-	pass_gate();
+	pass_gate(false);
 	return __real_preadv2(fd, iov, count, offset, flags);
 }
 
 ssize_t __wrap_pwritev2(int fd, const struct iovec *iov, int count, off_t offset, int flags)
 {
-	pass_gate();
+	pass_gate(true);
 	if (flags & RWF_DSYNC && sync_fails())
 		return -1;
 	return __real_pwritev2(fd, iov, count, offset, flags);
@@ -717,7 +728,7 @@ ssize_t __wrap_pwritev2(int fd, const struct iovec *iov, int count, off_t offset
 
 int __wrap_fdatasync(int fd)
 {
-	pass_gate();
+	pass_gate(true);
 	return sync_fails() ? -1 : __real_fdatasync(fd);
 }
 

@@ -211,6 +211,8 @@ void unit_close(struct unit *unit);
 
 /* A gate in front of preadv2, pwritev2 and fdatasync: while it is closed the crew's threads wait there. */
 void gate_close(void);
+/* Writes and flushes go through. */
+void gate_close_to_reads(void);
 void gate_open(void);
 /* Waits until that many threads stand before it. */
 void gate_await(unsigned threads);
