@@ -67,10 +67,11 @@ static void register_file(struct uring *uring, struct vfc_path *path)
 
 	path->slot = VFC_NO_SLOT;
 	for (uint32_t i = 0; uring->registers && i < FILES / 64; i++) {
-		unsigned bit = (unsigned)__builtin_ctzll(~uring->taken[i]);
+		unsigned bit;
 
 		if (uring->taken[i] == UINT64_MAX)
 			continue;
+		bit = (unsigned)__builtin_ctzll(~uring->taken[i]);
 		if (io_uring_register_files_update(&uring->ring, i * 64 + bit, &fd, 1) != 1)
 			return;
 		uring->taken[i] |= 1ull << bit;

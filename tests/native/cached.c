@@ -3,9 +3,12 @@
  */
 #define _GNU_SOURCE
 #include <fcntl.h>
+#include <sched.h>
+#include <stdatomic.h>
 #include <time.h>
 #include <unistd.h>
 
+#include "load.h"
 #include "one.h"
 #include "worker.h"
 
@@ -128,3 +131,175 @@ TEST(a_cached_write_that_is_done_waits_for_no_other_file)
 	one_end();
 	unit_close(&beside);
 }
+
+/* ---------------------------------------------------------------- more files than threads */
+
+#define QUEUES 2
+#define FILES 100
+#define SLOTS 16
+#define BLOCKS 8	/* of a slot's own, in each file */
+
+struct slot {
+	struct request write, read;
+	unsigned file;
+	uint64_t tag;			/* being written, or 0: a read */
+	uint64_t known[FILES];		/* what its blocks hold there; 0: nobody knows */
+};
+
+static struct many {
+	struct guest guest;
+	struct driver rings[QUEUES];
+	struct unit units[FILES];
+	struct slot slots[QUEUES][SLOTS];
+	atomic_bool stop, done[QUEUES];
+	_Atomic uint64_t good;
+} many;
+
+static void many_route(unsigned file, uint32_t worker, bool there, uint8_t in_flight)
+{
+	struct vfc_msg msg = {
+		.kind = VFC_MSG_ROUTE,
+		.route = { .lun = (uint16_t)file, .medium = there ? many.units[file].medium : NULL, .in_flight = in_flight },
+	};
+
+	memset(msg.route.mask, 0xff, sizeof(msg.route.mask));
+	CHECK_EQUAL(guest_ask(&many.guest, worker, &msg).result, 0);
+}
+
+static uint32_t random_of(uint64_t *random, uint32_t below)
+{
+	*random = *random * 6364136223846793005ull + 1442695040888963407ull;
+	return (uint32_t)(*random >> 33) % below;
+}
+
+static void many_send(unsigned queue, unsigned at, uint64_t *random)
+{
+	struct driver *ring = &many.rings[queue];
+	struct slot *slot = &many.slots[queue][at];
+	bool write = random_of(random, 4) > 0;
+	const struct request *request = write ? &slot->write : &slot->read;
+	uint8_t *header = request_header(ring, request);
+	uint64_t *data = (uint64_t *)(void *)request_out(ring, request);
+
+	slot->file = random_of(random, FILES);
+	slot->tag = write ? *random | 1 : 0;
+	for (unsigned i = 0; write && i < BLOCKS * 64; i++)
+		data[i] = slot->tag;
+	header[3] = (uint8_t)slot->file;
+	drive_offer(ring, request->head);
+}
+
+static void many_look(unsigned queue, unsigned at)
+{
+	struct driver *ring = &many.rings[queue];
+	struct slot *slot = &many.slots[queue][at];
+	const struct request *request = slot->tag ? &slot->write : &slot->read;
+	uint8_t response = request_response(ring, request), status = request_status(ring, request);
+	const uint64_t *data = (const uint64_t *)(const void *)request_in(ring, request);
+	uint64_t known = slot->known[slot->file];
+
+	if (response == S_OK && !status) {
+		atomic_fetch_add(&many.good, 1);
+		if (slot->tag)
+			slot->known[slot->file] = slot->tag;
+		for (unsigned i = 0; !slot->tag && known && i < BLOCKS * 64; i++)
+			CHECK_EQUAL(data[i], known);
+		return;
+	}
+	CHECK(response == S_RESET || (response == S_OK && status == 0x40));
+	if (slot->tag)
+		slot->known[slot->file] = 0;
+}
+
+static void *many_drive(void *argument)
+{
+	unsigned queue = *(unsigned *)argument, in_flight = 0;
+	struct driver *ring = &many.rings[queue];
+	uint64_t random = 77 + queue;
+
+	for (; in_flight < SLOTS; in_flight++)
+		many_send(queue, in_flight, &random);
+	drive_kick(ring);
+	while (in_flight) {
+		unsigned at = drive_wait(ring).head / 8;
+
+		many_look(queue, at);
+		if (atomic_load(&many.stop)) {
+			in_flight--;
+			continue;
+		}
+		many_send(queue, at, &random);
+		drive_kick(ring);
+	}
+	atomic_store(&many.done[queue], true);
+	return NULL;
+}
+
+static void over_many(uint32_t flags, uint32_t poll_us)
+{
+	static unsigned numbers[QUEUES] = { 0, 1 };
+	pthread_t threads[QUEUES];
+	uint64_t random = 4711;
+
+	guest_open(&many.guest, &(struct guest_options){ .workers = QUEUES, .flags = flags, .poll_us = poll_us });
+	for (unsigned file = 0; file < FILES; file++) {
+		unit_open(&many.units[file], VFC_MEDIUM_FILE, QUEUES * SLOTS * BLOCKS, 2);
+		for (unsigned worker = 0; worker < QUEUES; worker++)
+			many_route(file, worker, true, VFC_FINISH);
+	}
+	for (unsigned queue = 0; queue < QUEUES; queue++) {
+		struct driver *ring = &many.rings[queue];
+
+		drive_open(ring, &many.guest, 2 + queue, VFC_RING_REQUEST, 8 * SLOTS, 0);
+		for (unsigned at = 0; at < SLOTS; at++) {
+			uint64_t lba = (queue * SLOTS + at) * BLOCKS;
+
+			many.slots[queue][at].write = request_rw(ring, 2 * at, OP_WRITE_10, lba, BLOCKS);
+			many.slots[queue][at].read = request_rw(ring, 2 * at + 1, OP_READ_10, lba, BLOCKS);
+		}
+		CHECK_EQUAL(pthread_create(&threads[queue], NULL, many_drive, &numbers[queue]), 0);
+	}
+	/* Routes change, rings move, the files hang for a moment. */
+	for (unsigned turn = 0; turn < 300; turn++) {
+		struct driver *ring = &many.rings[turn % QUEUES];
+		uint64_t good = atomic_load(&many.good);
+
+		if (turn % 10 == 9)
+			gate_close();
+		if (turn % 3 == 0)
+			drive_move(ring, random_of(&random, QUEUES), 20);
+		if (turn % 10 == 9)
+			gate_open();
+		many_route(random_of(&random, FILES), random_of(&random, QUEUES), true, (uint8_t)random_of(&random, 3));
+		while (atomic_load(&many.good) < good + 20)
+			sched_yield();
+	}
+	atomic_store(&many.stop, true);
+	for (unsigned queue = 0; queue < QUEUES; queue++)
+		pthread_join(threads[queue], NULL);
+	for (unsigned queue = 0; queue < QUEUES; queue++) {
+		CHECK_EQUAL(drive_stop(&many.rings[queue], 1000).result, 0);
+		for (unsigned file = 0; file < FILES; file++)
+			many_route(file, queue, false, VFC_FINISH);
+		CHECK_EQUAL(guest_stats(&many.guest, queue).in_flight, 0);
+	}
+	for (unsigned queue = 0; queue < QUEUES; queue++) {
+		drive_close(&many.rings[queue]);
+		for (unsigned at = 0; at < SLOTS; at++)
+			for (unsigned file = 0; file < FILES; file++) {
+				const struct slot *slot = &many.slots[queue][at];
+				uint64_t found;
+
+				memcpy(&found, many.units[file].bytes + (queue * SLOTS + at) * BLOCKS * 512, sizeof(found));
+				CHECK(!slot->known[file] || slot->known[file] == found);
+			}
+	}
+	guest_close(&many.guest);
+	for (unsigned file = 0; file < FILES; file++)
+		unit_close(&many.units[file]);
+}
+
+TEST(many_files) { over_many(0, 0); }
+TEST(many_files_polled) { over_many(0, 50); }
+TEST(many_files_without_uring) { over_many(VFC_ENGINE_NO_URING, 0); }
+TEST(many_files_without_uring_polled) { over_many(VFC_ENGINE_NO_URING, 50); }
