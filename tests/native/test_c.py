@@ -22,6 +22,7 @@ SOURCES = {
         "malformed",
         "requests",
         "ordered",
+        "mixed",
         "rings",
         "packed",
         "polling",
@@ -35,10 +36,23 @@ SOURCES = {
         "memory",
         "together",
     ),
-    "thread": ("ordered", "rings", "packed", "polling", "moves", "fencing", "paths", "cached", "losses", "memory", "together"),
+    "thread": (
+        "ordered",
+        "mixed",
+        "rings",
+        "packed",
+        "polling",
+        "moves",
+        "fencing",
+        "paths",
+        "cached",
+        "losses",
+        "memory",
+        "together",
+    ),
 }
 #: Tests that are about commands, and so run over rings of each layout (see HARNESS_LAYOUT in harness.h).
-COMMANDS = ("requests", "ordered", "fencing", "paths", "generic", "kept", "memory")
+COMMANDS = ("requests", "ordered", "mixed", "fencing", "paths", "generic", "kept", "memory")
 #: Those of them that look into a split ring themselves.
 OF_SPLIT_RINGS = {
     "abort_and_query_match",
