@@ -10,6 +10,7 @@
  */
 #define _GNU_SOURCE
 #include <errno.h>
+#include <sched.h>
 #include <signal.h>
 #include <stdlib.h>
 #include <sys/eventfd.h>
@@ -162,6 +163,16 @@ static void call(struct crew *crew)
 	}
 }
 
+/* The first thread may have been made before its worker, which may have been put on a CPU since; the others are heirs. */
+static void settle(struct crew *crew)
+{
+	cpu_set_t cpus;
+
+	crew->settled = true;
+	if (!pthread_getaffinity_np(pthread_self(), sizeof(cpus), &cpus))
+		pthread_setaffinity_np(crew->thread[0], sizeof(cpus), &cpus);
+}
+
 void crew_give(struct crew *crew, struct bounce *bounce)
 {
 	bounce_append(&crew->fresh, bounce);
@@ -173,6 +184,8 @@ void crew_flush(struct crew *crew)
 
 	if (!crew->fresh.first)
 		return;
+	if (!crew->settled)
+		settle(crew);
 	pthread_mutex_lock(&crew->lock);
 	while ((bounce = bounce_first(&crew->fresh))) {
 		struct vfc_path *path = bounce->path;

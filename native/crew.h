@@ -19,13 +19,14 @@ struct crew {
 	struct bounce_list fresh;	/* given since the last crew_flush() */
 	int fd;				/* an eventfd: readable when crew_take() has something */
 	unsigned most;
+	bool settled;			/* where the worker runs */
 	/* under the lock */
 	pthread_mutex_t lock;
 	pthread_cond_t work;
 	struct bounce_list wanted;	/* each may begin at once */
 	struct bounce_list finished;
 	bool told;			/* the worker, of what is finished */
-	bool short_handed;	/* nobody was left to be called, since it was last seen that nothing is wanted */
+	bool short_handed;		/* nobody was left to be called, since it was last seen that nothing is wanted */
 	bool quit;
 	unsigned threads, resting, called;
 	pthread_t thread[CREW_MOST];

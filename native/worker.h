@@ -11,6 +11,7 @@
  *	command.c the life of one command: run, parked, punted, answered
  *	vscsi.c   what a virtio-scsi request says
  *	path_*.c  where commands go: memory, files, and (path_sg*.c) devices that take them as they are
+ *	bounce.c  an I/O on its way to a file; crew.c: the threads that do those that block
  *
  * Everything here belongs to the worker's thread but what is marked (any thread).
  */

@@ -2,6 +2,7 @@
  * cached.c - the threads that write through the page cache: whom they serve, when their worker hears of it, where they run.
  */
 #define _GNU_SOURCE
+#include <dirent.h>
 #include <fcntl.h>
 #include <sched.h>
 #include <stdatomic.h>
@@ -131,6 +132,73 @@ TEST(a_cached_write_that_is_done_waits_for_no_other_file)
 	one_end();
 	unit_close(&beside);
 }
+
+/* ---------------------------------------------------------------- where they run */
+
+/* The threads of the crew are on this CPU, and on no other; how many there are. */
+static unsigned threads_on(int cpu)
+{
+	unsigned count = 0;
+	DIR *tasks = opendir("/proc/self/task");
+	struct dirent *entry;
+	cpu_set_t cpus;
+
+	while ((entry = readdir(tasks))) {
+		char path[64], name[32] = { 0 };
+		FILE *file;
+
+		snprintf(path, sizeof(path), "/proc/self/task/%.16s/comm", entry->d_name);
+		file = fopen(path, "r");
+		if (!file)
+			continue;
+		if (fgets(name, sizeof(name), file) && !strcmp(name, "vhostfc-files\n")) {
+			CHECK_EQUAL(sched_getaffinity(atoi(entry->d_name), sizeof(cpus), &cpus), 0);
+			CHECK_EQUAL(CPU_COUNT(&cpus), 1);
+			CHECK(CPU_ISSET(cpu, &cpus));
+			count++;
+		}
+		fclose(file);
+	}
+	closedir(tasks);
+	return count;
+}
+
+static void stay_with_their_worker(uint32_t flags)
+{
+	struct vfc_msg second = { .kind = VFC_MSG_ROUTE, .route = { .lun = 1, .in_flight = VFC_FINISH } };
+	struct unit beside;
+	cpu_set_t cpus;
+	int cpu = 0;
+
+	CHECK_EQUAL(sched_getaffinity(0, sizeof(cpus), &cpus), 0);
+	while (!CPU_ISSET(cpu, &cpus))
+		cpu++;
+	one_begin(VFC_MEDIUM_FILE, flags);
+	CHECK_EQUAL(vfc_pin(guest.engine, 0, (uint32_t)cpu), 0);
+	unit_open(&beside, VFC_MEDIUM_FILE, 4096, 2);
+	second.route.medium = beside.medium;
+	memset(second.route.mask, 0xff, sizeof(second.route.mask));
+	CHECK_EQUAL(guest_ask(&guest, 0, &second).result, 0);
+	gate_close();
+	for (unsigned i = 0; i < 2; i++) {
+		struct request write = request_rw(&ring, i, OP_WRITE_10, 0, 1);
+
+		request_header(&ring, &write)[3] = (uint8_t)i;
+		request_send(&ring, &write);
+	}
+	gate_await(2);
+	CHECK(threads_on(cpu) >= 2);
+	gate_open();
+	drive_wait(&ring);
+	drive_wait(&ring);
+	second.route.medium = NULL;
+	CHECK_EQUAL(guest_ask(&guest, 0, &second).result, 0);
+	one_end();
+	unit_close(&beside);
+}
+
+TEST(a_crew_stays_with_its_worker) { stay_with_their_worker(0); }
+TEST(a_crew_stays_with_its_worker_without_uring) { stay_with_their_worker(VFC_ENGINE_NO_URING); }
 
 /* ---------------------------------------------------------------- more files than threads */
 
