@@ -3,6 +3,7 @@
  */
 #define _GNU_SOURCE
 #include <dirent.h>
+#include <errno.h>
 #include <fcntl.h>
 #include <sched.h>
 #include <stdatomic.h>
@@ -131,6 +132,65 @@ TEST(a_cached_write_that_is_done_waits_for_no_other_file)
 	CHECK_EQUAL(guest_ask(&guest, 0, &second).result, 0);
 	one_end();
 	unit_close(&beside);
+}
+
+/* ---------------------------------------------------------------- who waits for them */
+
+/* One that a thread is at, and one that waits for its turn. */
+static void begin_to_write(uint32_t flags, struct request writes[2])
+{
+	one_begin(VFC_MEDIUM_FILE, flags);
+	gate_close();
+	for (unsigned i = 0; i < 2; i++) {
+		writes[i] = request_rw(&ring, i, OP_WRITE_10, 8 * i, 1);
+		memset(request_out(&ring, &writes[i]), 0x42, 512);
+		request_send(&ring, &writes[i]);
+	}
+	gate_await(1);
+	while (guest_stats(&guest, 0).in_flight < 2)
+		guest_ping(&guest, 0);
+}
+
+/* Both are answered at once; what says that the old route is over says so when no thread can write any more. */
+static void an_ack_waits(uint32_t flags)
+{
+	struct vfc_msg msg = { .kind = VFC_MSG_ROUTE, .route = { .in_flight = VFC_ABORT_ABORTED } };
+	struct request writes[2];
+	uint64_t seq;
+
+	begin_to_write(flags, writes);
+	seq = guest_post(&guest, 0, &msg);
+	for (unsigned i = 0; i < 2; i++) {
+		drive_wait(&ring);
+		CHECK_EQUAL(request_status(&ring, &writes[i]), 0x40);
+	}
+	CHECK(!guest_acked(&guest, 0, seq, 20));
+	gate_open();
+	CHECK_EQUAL(guest_ack(&guest, 0, seq).result, 0);
+	CHECK_EQUAL(unit.bytes[0], 0x42);
+	CHECK_EQUAL(unit.bytes[8 * 512], 0);
+	one_end();
+}
+
+TEST(a_routes_ack_waits_for_a_cached_write) { an_ack_waits(0); }
+TEST(a_routes_ack_waits_for_a_cached_write_without_uring) { an_ack_waits(VFC_ENGINE_NO_URING); }
+
+TEST(an_engine_waits_for_a_cached_write)
+{
+	struct request writes[2];
+
+	begin_to_write(0, writes);
+	CHECK_EQUAL(drive_stop(&ring, 0).result, 0);
+	CHECK_EQUAL(request_response(&ring, &writes[0]), S_RESET);
+	CHECK_EQUAL(vfc_engine_free(guest.engine, 30), -ETIMEDOUT);
+	gate_open();
+	CHECK_EQUAL(vfc_engine_free(guest.engine, 10000), 0);
+	CHECK_EQUAL(unit.bytes[0], 0x42);
+	CHECK_EQUAL(unit.bytes[8 * 512], 0);
+	drive_close(&ring);
+	vfc_mem_put(guest.mem);
+	vfc_map_put(guest.map);
+	unit_close(&unit);
 }
 
 /* ---------------------------------------------------------------- where they run */
