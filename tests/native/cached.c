@@ -314,6 +314,8 @@ static void many_send(unsigned queue, unsigned at, uint64_t *random)
 	for (unsigned i = 0; write && i < BLOCKS * 64; i++)
 		data[i] = slot->tag;
 	header[3] = (uint8_t)slot->file;
+	/* FUA: by io_uring, where there is one, beside those of the crew */
+	header[19 + 1] = write && !random_of(random, 4) ? 8 : 0;
 	drive_offer(ring, request->head);
 }
 
