@@ -35,6 +35,7 @@ struct bounce;
 /* The one engine of a kind that a worker has; each kind embeds it first. */
 struct vfc_path_engine {
 	const struct vfc_path_ops *ops;
+	bool unsent;	/* flush() could not hand over all, and nobody will say when it can: it is to be asked again */
 };
 
 /* A word of the latch that I/O of this path holds together. */

@@ -127,7 +127,7 @@ static const struct vfc_path_ops ops = {
 
 struct vfc_path_engine *path_media_engine(void)
 {
-	static struct vfc_path_engine engine = { &ops };
+	static struct vfc_path_engine engine = { .ops = &ops };
 
 	return &engine;
 }

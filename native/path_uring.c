@@ -190,9 +190,10 @@ static void flush(struct vfc_path_engine *engine)
 		hear(uring);
 		crew_flush(&uring->crew);
 	}
-	/* EBUSY or EAGAIN: the kernel wants completions reaped first, which is what comes next. */
+	/* EBUSY: the kernel wants completions reaped first, which is what comes next.  EAGAIN: it has no memory just now. */
 	if (io_uring_sq_ready(&uring->ring))
 		io_uring_submit_and_get_events(&uring->ring);
+	engine->unsent = uring->again || io_uring_sq_ready(&uring->ring);
 }
 
 /* True: it was the crew's. */

@@ -365,7 +365,7 @@ static int patience(const struct worker *worker)
 
 	if (!TAILQ_EMPTY(&worker->loose))
 		return 0;
-	if (worker->parked || worker->polled)
+	if (worker->parked || worker->polled || worker->files->unsent)
 		return 1;
 	if (!worker->stopping)
 		return -1;

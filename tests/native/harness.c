@@ -732,6 +732,21 @@ int __wrap_fdatasync(int fd)
 	return sync_fails() ? -1 : __real_fdatasync(fd);
 }
 
+_Atomic int harness_refusals;
+
+struct io_uring;
+int __real_io_uring_submit_and_get_events(struct io_uring *ring);
+int __wrap_io_uring_submit_and_get_events(struct io_uring *ring);
+
+int __wrap_io_uring_submit_and_get_events(struct io_uring *ring)
+{
+	if (atomic_load(&harness_refusals) > 0) {
+		atomic_fetch_sub(&harness_refusals, 1);
+		return -EAGAIN;
+	}
+	return __real_io_uring_submit_and_get_events(ring);
+}
+
 /* ---------------------------------------------------------------- an engine for files that is the tests' own */
 
 struct vfc_path_engine;

@@ -221,6 +221,8 @@ unsigned gate_waits(void);
 
 /* The errno that what syncs ends with: the crew's fdatasync, and pwritev2 with RWF_DSYNC.  0: as they do. */
 extern _Atomic int harness_sync_error;
+/* So often io_uring_submit_and_get_events() says EAGAIN. */
+extern _Atomic int harness_refusals;
 
 /* What engines made with VFC_ENGINE_NO_URING use for files; NULL: the pool. */
 struct vfc_path_engine;

@@ -164,6 +164,21 @@ TEST(io_uring_that_hangs_is_cancelled)
 	one_end();
 }
 
+/* A kernel without memory takes nothing and does not say when it will: it is asked again. */
+TEST(what_io_uring_refuses_is_submitted_later)
+{
+	struct request read;
+
+	one_begin(VFC_MEDIUM_DIRECT, 0);
+	memset(unit.bytes, 0x66, 512);
+	atomic_store(&harness_refusals, 20);
+	read = request_rw(&ring, 0, OP_READ_10, 0, 1);
+	request_send(&ring, &read);
+	drive_wait(&ring);
+	CHECK_EQUAL(request_in(&ring, &read)[0], 0x66);
+	one_end();
+}
+
 TEST(buffers_are_bounded)
 {
 	struct request all[80];
