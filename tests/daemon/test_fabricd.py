@@ -254,7 +254,7 @@ async def test_mode_pages_stay_when_write_protection_comes_and_goes(tmp_path: Pa
             assert (await one.command(bytes(6))).status == 2
             for code, page in ((8, caching), (0xA, control)):
                 found = await one.command(bytes([0x1A, 0x08, code, 0, 255, 0]), data_in=255)
-                assert found.data_in[4:] == page
+                assert found.data_in[4:] == bytes([0x80 | code]) + page[1:], "with PS"
         assert (await one.command(write_10(0, 1), data_out=bytes(512))).sense[2] & 0xF == 7
 
 

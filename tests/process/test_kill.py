@@ -159,6 +159,41 @@ async def test_the_fabric_always(san: San) -> None:
     await fabrics_die(san, 60)
 
 
+async def test_a_write_cache_that_was_switched_off_for_good(san: San) -> None:
+    """No write goes past a fabric that came back: each has to be on the medium, and its adapter does not do that."""
+
+    page = bytes.fromhex("0812 0000 ffff 0000 ffff ffff 00 00 0000 00 000000")
+    san.start_adapter(1)
+    async with ScsiDriver.open(san.socket(1)) as driver:
+
+        async def alone(unit: int, *, write: bool) -> bool:
+            """Does the adapter do it without the fabric?"""
+            fast = san.status(1)["counters"]["fast"]
+            data, room = (bytes(512), 0) if write else (b"", 512)
+            assert (await driver.command(0, unit, (write_10 if write else read_10)(0, 1), data, room)).good
+            return bool(san.status(1)["counters"]["fast"] > fast)
+
+        async def until_alone(unit: int, *, write: bool) -> None:
+            with trio.fail_after(20):
+                while not await alone(unit, write=write):
+                    pass
+
+        for unit in (FILE, DIRECT):
+            await ready(driver, unit)
+            await until_alone(unit, write=True)
+            assert (await driver.command(0, unit, bytes([0x15, 0x11, 0, 0, 24, 0]), bytes(4) + page)).good
+        san.the_fabric.kill()
+        await until(lambda: san.status(1)["port"]["state"] != "online")
+        await trio.to_thread.run_sync(san.start_fabric)
+        for unit in (FILE, DIRECT):
+            await ready(driver, unit)
+            assert not await alone(unit, write=True)
+            await until_alone(unit, write=False)
+            assert not await alone(unit, write=True)
+            found = await driver.command(0, unit, bytes([0x1A, 8, 8, 0, 24, 0]), b"", 24)
+            assert found.data_in[4:] == bytes([0x88]) + page[1:]
+
+
 async def test_memory_that_is_lost_is_another_disk(san: San) -> None:
     """Never the same one, empty: what the guest has in flight fails, and it is told to look."""
     san.start_adapter(1)

@@ -70,11 +70,11 @@ def test_no_command_is_an_exception_where_there_is_no_disk(cdb: bytes, data: byt
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.sampled_from((0x15, 0x55)), st.binary(max_size=80), st.integers(0, 1))
-def test_no_mode_parameter_list_is_an_exception(opcode: int, data: bytes, short: int) -> None:
+@given(st.sampled_from((0x15, 0x55)), st.binary(max_size=80), st.integers(0, 1), st.integers(0x10, 0x11))
+def test_no_mode_parameter_list_is_an_exception(opcode: int, data: bytes, short: int, flags: int) -> None:
     one = target(blocks=BLOCKS)
     length = min(len(data) + short, 255)
-    cdb = bytes([0x15, 0x10, 0, 0, length, 0]) if opcode == 0x15 else bytes([0x55, 0x10, 0, 0, 0, 0, 0, 0, length, 0])
+    cdb = bytes([opcode, flags, 0, 0, length, 0] if opcode == 0x15 else [opcode, flags, 0, 0, 0, 0, 0, 0, length, 0])
     check(one, cdb, data)
     one.good("1a 00 3f 00 ff 00")
 

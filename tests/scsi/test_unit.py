@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tests.scsi.conftest import ALICE, BOB, Target, target
 from vhostfc.scsi.sense import Asc
-from vhostfc.scsi.task import AbortTasks, Attribute, Flush, ServiceResponse, TaskManagement
+from vhostfc.scsi.task import AbortTasks, Attribute, Flush, ServiceResponse, TakeTurn, TaskManagement
 
 TEST_UNIT_READY = "00 00 00 00 00 00"
 READS = {0x08, 0x28, 0xA8, 0x88}
@@ -116,7 +116,7 @@ def test_verdict_has_no_writes_while_the_cache_is_off(disk: Target) -> None:
     page = "08 12 00 00 ffff 0000 ffff ffff 00 00 0000 00 000000"
     disk.good("15 10 00 00 18 00", bytes.fromhex("00 00 00 00" + page))
 
-    assert disk.effects == [Flush()]
+    assert disk.effects == [TakeTurn(), Flush()]
     assert opcodes(disk.unit.verdict(ALICE)) == READS | FLUSHES
     assert opcodes(disk.unit.verdict(BOB)) == set()  # mode parameters changed
 

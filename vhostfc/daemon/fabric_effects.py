@@ -122,6 +122,10 @@ class Effects:
                 return result
             except (_Elsewhere, Withdrawn):
                 return None
+            except trio.Cancelled:
+                steps.close()  # what it takes back of what it had begun is news, too
+                served.changed()
+                raise
             finally:
                 steps.close()
                 if served.turn.statistics().owner is trio.lowlevel.current_task():

@@ -1,7 +1,7 @@
 """What of a unit outlives the fabric: files named after its NAA designator.
 
-Reservations (APTPL) are NAA.json; notes of the device server, such as "a SANITIZE is under way", NAA.NAME;
-what a WRITE ATOMIC may have to undo, NAA.atomic (fabric_journal).
+Reservations (APTPL) are NAA.json; notes of the device server, such as "a SANITIZE is under way" and the saved mode
+pages, NAA.NAME; what a WRITE ATOMIC may have to undo, NAA.atomic (fabric_journal).
 
 A file takes the place of the one before by a rename, and is on the disk before anybody is told so.  Where
 that cannot be, the one before is put back: whoever was told "not done" must not find it done after a restart.
@@ -22,7 +22,7 @@ import trio
 from vhostfc.daemon.fabric_journal import Journal
 from vhostfc.daemon.stable import make_directory, sync_directory
 from vhostfc.errors import VhostfcError
-from vhostfc.scsi import persistent
+from vhostfc.scsi import mode, persistent
 from vhostfc.scsi.reservations import State
 from vhostfc.scsi.sanitize import NOTE
 
@@ -88,6 +88,17 @@ class KeptReservations:
         except OSError as error:
             raise VhostfcError(f"{path}: cannot be read: {error.strerror}") from None
 
+    def set_mode(self, naa: bytes, pages: mode.ModePages) -> None:
+        """What was saved of this unit's mode pages is in force.  Raises VhostfcError, which names the file."""
+        if (note := self.note(naa, mode.NOTE)) is None:
+            return
+        try:
+            pages.found(note)
+        except ValueError as error:
+            path = self.path(naa, mode.NOTE)
+            said = f"the unit's mode pages cannot be understood: {error}; remove the file to begin with the defaults"
+            raise VhostfcError(f"{path}: {said}") from None
+
     async def keep_note(self, naa: bytes, name: str, data: bytes | None) -> bool:
         """Make this what note() finds, whatever happens after; None: nothing."""
         return await self._save(self.path(naa, name), data)
@@ -97,7 +108,7 @@ class KeptReservations:
 
     def forget(self, naa: bytes) -> None:
         """The unit is no more."""
-        for name in ("json", NOTE, "atomic"):
+        for name in ("json", NOTE, mode.NOTE, "atomic"):
             self.path(naa, name).unlink(missing_ok=True)
 
 

@@ -87,10 +87,11 @@ class Maker:
             self._check_distinct(medium, taken)
             state = self._kept.load(naa)
             note = self._kept.note(naa)
+            unit = self.unit(medium, naa, target.wwnn, config.physical_block_size)
+            self._kept.set_mode(naa, unit.mode)
         except VhostfcError:
             medium.close()
             raise
-        unit = self.unit(medium, naa, target.wwnn, config.physical_block_size)
         unit.reservations.state = state
         if note is not None:
             unit.sanitizing.found(note)

@@ -174,6 +174,12 @@ class Served:
             return False
         return True
 
+    def _empty(self) -> None:
+        try:
+            self.medium.sync()
+        except MediumError:
+            self._log.error("the host lost what an earlier life had in its cache", unit=self.medium.name)
+
     def close(self) -> None:
         """The unit is not served any more; nobody has its medium open."""
         self._clearing.cancel()
@@ -213,7 +219,8 @@ class Served:
     def claim(self) -> bool:
         """Make the medium ours; False while somebody else has it open: an old adapter, another fabric.
 
-        False, too, while a write that was cut short cannot be undone.
+        False, too, while a write that was cut short cannot be undone.  With a cache that is off from now on, what there
+        was in it is on the medium.
         """
         if self.medium.kind is not MediumKind.NULL and not self.ready:
             if fabric_locks.held(self.medium.fd) is not None:
@@ -225,6 +232,8 @@ class Served:
             self.medium.settle()
             if not self._undo():
                 return False
+            if self.unit.identity.write_cache and not self.unit.mode.write_cache:
+                self._empty()
         self.ready = True
         return True
 

@@ -196,6 +196,10 @@ class Medium:
         if self.kind in {MediumKind.FILE, MediumKind.DIRECT}:
             await self._run(0, lambda: self._sync(0))
 
+    def sync(self) -> None:
+        """flush(), at once: before anybody is served.  Raises MediumError."""
+        self._sync(0)
+
     async def extents(self, lba: int, blocks: int) -> list[tuple[int, int, bool]]:
         """[(lba, blocks, mapped)] over the range in order.  A device tells nothing: all of it is mapped."""
         if self.kind is MediumKind.NULL:

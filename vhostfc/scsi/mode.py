@@ -1,13 +1,19 @@
 """Mode pages: what a disk's behaviour is and which of it may be changed (SPC-4 7.5, SBC-3 6.5).
 
-A page is bytes: its default values, a mask of what may be changed, and its current values.  Saved
-values are not kept (PS 0, SP refused, page control 3 refused), so a reset brings the defaults back.
+A page is bytes: its default values, a mask of what may be changed, its saved values and its current ones.  Pages with
+anything to change can be saved (PS).  A reset, and a restart, make the saved values the current ones: a guest that
+has switched the write cache off sends no flushes from then on, and does not look again after somebody's reset.
+
+MODE SELECT is in two steps, for what it saves has to be on stable storage before it is in force: select() says
+what is wanted, and take() does it.
 """
 
 from __future__ import annotations
 
+import json
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from vhostfc.scsi.inquiry import Identity
@@ -20,6 +26,11 @@ INFORMATIONAL_EXCEPTIONS_CONTROL = 0x1C
 ALL_PAGES = 0x3F
 ALL_SUBPAGES = 0xFF
 
+#: The name of the note of saved pages.
+NOTE = "mode"
+#: PARAMETERS SAVEABLE, in the first byte of a page (SPC-4 7.5).  In a MODE SELECT it is reserved, and passed over: some
+#: initiators send back what they were given.
+PS = 0x80
 #: DEVICE-SPECIFIC PARAMETER of a direct access block device (SBC-3 6.5.1).
 WP, DPOFUA = 0x80, 0x10
 
@@ -30,6 +41,22 @@ class PageFormat:
 
     default: bytes
     changeable: bytes
+
+    @property
+    def saveable(self) -> bool:
+        return any(self.changeable)
+
+
+@dataclass(frozen=True, slots=True)
+class Selected:
+    """What a MODE SELECT asks for.
+
+    pages: the current values of those that were sent.  saved: all saved values, from then on.  save: SP.
+    """
+
+    pages: Mapping[int, bytes]
+    saved: Mapping[int, bytes]
+    save: bool
 
 
 def formats(identity: Identity) -> dict[int, PageFormat]:
@@ -59,14 +86,30 @@ class ModePages:
     def __init__(self, identity: Identity) -> None:
         self._identity = identity
         self._formats = formats(identity)
-        self._current: dict[int, bytes] = {}
+        self._saved: Mapping[int, bytes] = {code: one.default for code, one in self._formats.items()}
+        self._current = dict(self._saved)
+        self._emptying = 0
         self.version = 0  # grows with every change
-        self.reset()
+        self.in_doubt = False  # the saved pages could not be kept: what is on stable storage may be something else
 
     def reset(self) -> None:
-        """Back to the default values, as after a logical unit reset."""
-        self._current = {code: one.default for code, one in self._formats.items()}
+        """Back to the saved values, as after a logical unit reset."""
+        self._current = dict(self._saved)
         self.version += 1
+
+    @contextmanager
+    def write_through(self) -> Iterator[None]:
+        """While a cache is emptied that is about to be off: writes are done as though it were.
+
+        Initiators are told afterwards only; before, they have to go on with their flushes.
+        """
+        self.version += self.write_cache
+        self._emptying += 1
+        try:
+            yield
+        finally:
+            self._emptying -= 1
+            self.version += self.write_cache
 
     def belong(self, identity: Identity) -> None:
         """The pages are those of a disk that differs from the former one in nothing but `read_only`."""
@@ -86,7 +129,15 @@ class ModePages:
     @property
     def write_cache(self) -> bool:
         """WCE: GOOD may be answered while data is in a volatile cache only."""
-        return bool(self._current[CACHING][2] & 0x04)
+        return _wce(self._current) and not self._emptying
+
+    def caches(self, wanted: Selected | None) -> bool:
+        """WCE as it is when this has been done; None: a reset."""
+        return _wce(self._saved if wanted is None else {**self._current, **wanted.pages})
+
+    def switches_off(self, wanted: Selected | None) -> bool:
+        """There is a cache now, and will not be; so it has to be empty before."""
+        return _wce(self._current) and not self.caches(wanted)
 
     # ------------------------------------------------------------ MODE SENSE
 
@@ -115,39 +166,66 @@ class ModePages:
             raise invalid_cdb(3)
         if code != ALL_PAGES and code not in self._formats:
             raise invalid_cdb(2, 5)
-        if control == 3:
-            raise illegal(Asc.SAVING_PARAMETERS_NOT_SUPPORTED)
         for one in self._formats if code == ALL_PAGES else (code,):
-            match control:
-                case 0:
-                    yield self._current[one]
-                case 1:
-                    yield self._formats[one].default[:2] + self._formats[one].changeable[2:]
-                case _:
-                    yield self._formats[one].default
+            form = self._formats[one]
+            page = (self._current[one], form.default[:2] + form.changeable[2:], form.default, self._saved[one])[control]
+            yield bytes([page[0] | PS * form.saveable]) + page[1:]
 
     # ------------------------------------------------------------ MODE SELECT
 
-    def select(self, cdb: bytes, data: bytes) -> bool:
-        """Obey a MODE SELECT(6) or (10) whose parameter list is `data`; True if something changed.
+    def select(self, cdb: bytes, data: bytes) -> Selected:
+        """What a MODE SELECT(6) or (10) asks for whose parameter list is `data`; nothing is changed yet.
 
-        Nothing is changed unless all of it is right (SPC-4 6.12).
+        Raises CheckCondition unless all of it is right (SPC-4 6.12).
         """
         if not cdb[1] & 0x10:
             raise invalid_cdb(1, 4)  # PF: pages of a vendor's own format
-        if cdb[1] & 0x01:
-            raise invalid_cdb(1, 0)  # SP: nothing is saved
+        save = bool(cdb[1] & 0x01)
         ten = cdb[0] == 0x55
         length = int.from_bytes(cdb[7:9], "big") if ten else cdb[4]
-        if not length:
-            return False
         if len(data) < length:
             raise illegal(Asc.PARAMETER_LIST_LENGTH_ERROR)
-        wanted = self._wanted(data[:length], ten=ten)
-        changed = wanted != self._current
+        pages = self._wanted(data[:length], ten=ten) if length else {}
+        # SP: all pages that can be saved, those that were sent among them (SPC-4 6.11)
+        return Selected(pages, {**self._current, **pages} if save else self._saved, save)
+
+    def saves(self, wanted: Selected) -> bool:
+        """It needs another note than the one that is on stable storage."""
+        return wanted.saved != self._saved or (wanted.save and self.in_doubt)
+
+    def note(self, wanted: Selected) -> bytes | None:
+        """The saved values as found() understands them; None: they are the defaults."""
+        saved = {code: page for code, page in wanted.saved.items() if page != self._formats[code].default}
+        pages = {f"{code:02x}": page.hex() for code, page in saved.items()}
+        return json.dumps({"version": 1, "pages": pages}).encode() + b"\n" if pages else None
+
+    def take(self, wanted: Selected) -> bool:
+        """Do it; True if current values are others than before."""
+        self._saved = wanted.saved
+        current = {**self._current, **wanted.pages}
+        changed = current != self._current
+        self._current = current
         self.version += changed
-        self._current = wanted
         return changed
+
+    def found(self, note: bytes) -> None:
+        """What an earlier life has saved is in force.  Raises ValueError, which says what is wrong with it."""
+        try:
+            value = json.loads(note)
+            if value["version"] != 1:
+                raise ValueError(f"version {value['version']!r} is not known")
+            pages = {int(code, 16): bytes.fromhex(page) for code, page in value["pages"].items()}
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"not a record of mode pages: {error!r}") from None
+        saved = dict(self._saved)
+        for code, page in pages.items():
+            form = self._formats.get(code)
+            if form is None or page[:2] != form.default[:2] or len(page) != len(form.default):
+                raise ValueError(f"there is no such page {code:02x}h: {page.hex()}")
+            values = zip(form.default, page, form.changeable, strict=True)
+            saved[code] = bytes(default ^ (default ^ own) & may for default, own, may in values)
+        self._saved = saved
+        self.reset()
 
     def _wanted(self, data: bytes, *, ten: bool) -> dict[int, bytes]:
         """The pages as the list wants them.  MODE DATA LENGTH, WP and DPOFUA are ignored (SBC-3 6.5.1)."""
@@ -164,7 +242,7 @@ class ModePages:
             raise illegal(Asc.PARAMETER_LIST_LENGTH_ERROR)
         if size:
             self._check_descriptor(data[start : start + size], start)
-        wanted = dict(self._current)
+        wanted: dict[int, bytes] = {}
         at = start + size
         while at < len(data):
             at = self._take_page(data, at, wanted)
@@ -191,7 +269,7 @@ class ModePages:
         end = at + len(changeable)
         if end > len(data):
             raise illegal(Asc.PARAMETER_LIST_LENGTH_ERROR)
-        page = bytearray(wanted[code])
+        page = bytearray(wanted.get(code, self._current[code]))
         for i in range(2, len(page)):
             different = data[at + i] ^ page[i]
             if refused := different & ~changeable[i]:
@@ -199,3 +277,7 @@ class ModePages:
             page[i] ^= different
         wanted[code] = bytes(page)
         return end
+
+
+def _wce(pages: Mapping[int, bytes]) -> bool:
+    return bool(pages[CACHING][2] & 0x04)

@@ -7,7 +7,8 @@ yield in between, so it needs no lock.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 
 from vhostfc.scsi import blocks as media
@@ -23,7 +24,7 @@ from vhostfc.scsi.copies import Copies
 from vhostfc.scsi.extended_copy import HANDLERS as COPYING
 from vhostfc.scsi.format_unit import HANDLERS as FORMATTING
 from vhostfc.scsi.inquiry import Identity, TargetPort
-from vhostfc.scsi.mode import ModePages
+from vhostfc.scsi.mode import NOTE, ModePages
 from vhostfc.scsi.reservations import ReservationConflict, Right
 from vhostfc.scsi.sanitize import HANDLERS as SANITIZING
 from vhostfc.scsi.sanitize import Sanitizing
@@ -35,6 +36,7 @@ from vhostfc.scsi.task import (
     Effect,
     Fill,
     Flush,
+    KeepNote,
     ManageSteps,
     MediumError,
     Nexus,
@@ -42,6 +44,7 @@ from vhostfc.scsi.task import (
     ServiceResponse,
     Status,
     Steps,
+    TakeTurn,
     Task,
     TaskManagement,
     Withdrawn,
@@ -196,13 +199,23 @@ class LogicalUnit:
                 yield AbortTasks(self.attentions.nexuses | {nexus})
             case TaskManagement.LOGICAL_UNIT_RESET:
                 yield AbortTasks(self.attentions.nexuses | {nexus}, reset=True)
-                self.mode.reset()
+                yield from self._reset_mode()
                 self.reservations.lose()
                 self.copies.clear()
                 self.attention(Asc.BUS_DEVICE_RESET_FUNCTION_OCCURRED)
             case _:
                 return ServiceResponse.FUNCTION_REJECTED  # CLEAR ACA: NORMACA is 0
         return ServiceResponse.FUNCTION_COMPLETE
+
+    def _reset_mode(self) -> Generator[Effect, object, None]:
+        """The saved mode pages are the current ones; a cache that is off with them is emptied before."""
+        if not self.mode.switches_off(None):
+            self.mode.reset()
+            return
+        with self.mode.write_through():
+            with suppress(MediumError):  # a loss: each nexus hears of it at its next write, which goes to the medium
+                yield Flush()
+            self.mode.reset()
 
     # ------------------------------------------------------------ commands
 
@@ -303,7 +316,7 @@ class LogicalUnit:
             case fields.MODE_SENSE_10:
                 data = self.mode.sense(cdb, self.blocks)[: fields.number(cdb, 7, 8)]
             case fields.MODE_SELECT_6 | fields.MODE_SELECT_10:
-                yield from self._mode_select(task)
+                yield from self._mode_select(command, task)
             case fields.LOG_SENSE:
                 data = report.log_pages(cdb)[: fields.number(cdb, 7, 8)]
             case fields.REPORT_SUPPORTED_OPERATION_CODES:
@@ -331,13 +344,24 @@ class LogicalUnit:
             return inquiry.standard(self.identity)
         return inquiry.vital_product_data(self.identity, page, task.nexus.port)
 
-    def _mode_select(self, task: Task) -> Steps:
-        """Change the pages, tell the others, and empty a cache that was switched off."""
-        cached = self.mode.write_cache
-        if self.mode.select(task.cdb, task.data_out):
-            self.attention(Asc.MODE_PARAMETERS_CHANGED, but=task.nexus)
-            if cached and not self.mode.write_cache:
+    def _mode_select(self, command: Command, task: Task) -> Steps:
+        """Empty a cache that is switched off, keep what is saved, then change the pages and tell the others.
+
+        When one of these cannot be done, nothing has changed.
+        """
+        yield TakeTurn()
+        self.check(command, task)
+        mode = self.mode
+        wanted = mode.select(task.cdb, task.data_out)
+        with nullcontext() if mode.caches(wanted) else mode.write_through():
+            if mode.switches_off(wanted):
                 yield Flush()
+            if mode.saves(wanted):
+                mode.in_doubt = not (yield KeepNote(NOTE, mode.note(wanted)))
+                if mode.in_doubt:
+                    raise CheckCondition(Sense(SenseKey.HARDWARE_ERROR, Asc.INTERNAL_TARGET_FAILURE))
+            if mode.take(wanted):
+                self.attention(Asc.MODE_PARAMETERS_CHANGED, but=task.nexus)
         return media.GOOD
 
     @staticmethod
