@@ -9,8 +9,8 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 NATIVE = HERE.parent.parent / "native"
-#: The pool's calls go through the tests' gate; the worker's engine for files may be the tests' own; a kernel that has no
-#: memory refuses what io_uring is to submit.
+#: The pool's calls go through the tests' gate; the worker's engine for files may be the tests' own; a kernel that has
+#: no memory refuses what io_uring is to submit.
 WRAPPED = (
     *("preadv2", "pwritev2", "fdatasync", "path_pool_new", "path_pool_free"),
     "io_uring_submit_and_get_events",
