@@ -31,7 +31,7 @@ group = 2
 COMPLAINTS = re.compile(r"error|illegal|invalid|fail|bad |unexpected|not supported|unable|too short", re.IGNORECASE)
 #: What they say of a disk as it should be.
 NO_COMPLAINTS = re.compile(
-    r"error recovery|exit failure mode|read-write error|error counter|errors: 0"
+    r"error recovery|exit failure mode|read-write error|error counter|errors: 0|receive copy failure details"
     r"|\[(threshold sets|percentages) not supported\]|inline data not supported",
     re.IGNORECASE,
 )
