@@ -100,7 +100,7 @@ class LinkAdapter:
 
     async def _tick(self) -> None:
         while True:
-            await trio.sleep(0.02)
+            await trio.sleep(0.02)  # the port's clock: nothing is waited for here
             self.port.tick(self._now())
             await self._flush()
 

@@ -214,7 +214,7 @@ async def test_a_port_that_is_logged_out_is_told_and_logs_in_again(tmp_path: Pat
         one = await join(nursery, tmp_path, 1)
         for number, what in enumerate(("logout", "clear-virtual-link"), 2):
             await add(tmp_path, what, wwpn=str(wwpn(1)))
-            await until(lambda number=number: len(heard(san, "login")) == number)  # type: ignore[misc]
+            await until(lambda number=number: len(heard(san, "login")) == number)  # type: ignore[misc]  # mypy infers no lambda's defaults
             await one.ready()
             await one.until(lambda: one.remote().logged_in)
         with pytest.raises(VhostfcError, match="is not logged in"):

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import errno
-import os
 from pathlib import Path
 
 import pytest
 import trio
 
+from tests.daemon.disk import Disk
 from tests.daemon.linkadapter import LinkAdapter, write_10
 from tests.daemon.test_fabric_reservations import may
 from tests.daemon.test_fabric_sanitize import file_unit
@@ -23,26 +23,6 @@ SYNC = bytes([0x35, *bytes(9)])
 LOSS = 1 << 32
 #: CHECK CONDITION, MEDIUM ERROR, WRITE ERROR.
 GOOD, LOST = (0, 0, b""), (2, 3, b"\x0c\x00")
-
-
-class Disk:
-    """What the kernel says to the fabric's description: once what was lost, if anything was."""
-
-    def __init__(self) -> None:
-        self.error = 0
-
-    def fdatasync(self, fd: int) -> None:
-        error, self.error = self.error, 0
-        if error:
-            raise OSError(error, os.strerror(error))
-        os.fsync(fd)
-
-
-@pytest.fixture
-def disk(monkeypatch: pytest.MonkeyPatch) -> Disk:
-    one = Disk()
-    monkeypatch.setattr(os, "fdatasync", one.fdatasync)
-    return one
 
 
 async def ended(one: LinkAdapter, command: bytes, data: bytes = b"") -> tuple[int, int, bytes]:

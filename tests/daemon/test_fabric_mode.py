@@ -13,6 +13,7 @@ import structlog
 import trio
 from structlog.testing import capture_logs
 
+from tests.daemon.disk import Disk
 from tests.daemon.linkadapter import LinkAdapter, write_10
 from tests.daemon.test_fabric_reservations import may
 from tests.daemon.test_fabric_sanitize import file_unit
@@ -44,28 +45,6 @@ async def cached(one: LinkAdapter, control: int = CURRENT) -> bool:
 
 def notes(tmp_path: Path) -> list[Path]:
     return list((tmp_path / "state").rglob("*.mode"))
-
-
-class Disk:
-    """Counts what is flushed; `error` is what the next time gives."""
-
-    def __init__(self) -> None:
-        self.flushed = 0
-        self.error = 0
-
-    def fdatasync(self, fd: int) -> None:
-        self.flushed += 1
-        error, self.error = self.error, 0
-        if error:
-            raise OSError(error, os.strerror(error))
-        os.fsync(fd)
-
-
-@pytest.fixture
-def disk(monkeypatch: pytest.MonkeyPatch) -> Disk:
-    one = Disk()
-    monkeypatch.setattr(os, "fdatasync", one.fdatasync)
-    return one
 
 
 async def check_write_through(one: LinkAdapter, disk: Disk) -> None:

@@ -180,7 +180,7 @@ def test_a_capture_that_cannot_be_made_names_its_file(tmp_path: Path) -> None:
         CaptureFile(tmp_path / "no/x.pcapng")
     full = CaptureFile(tmp_path / "x.pcapng")
     full._stream.close()
-    full._stream = open("/dev/full", "wb", buffering=0)  # noqa: SIM115
+    full._stream = open("/dev/full", "wb", buffering=0)  # noqa: SIM115  CaptureFile.close() does
     with pytest.raises(VhostfcError, match="the capture ends: No space left"):
         full.write(records(1))
     full.close()

@@ -82,7 +82,7 @@ async def driver_of(
     directory: Path, workers: IdleWorkers, log: Any, side: GuestSide | None = None
 ) -> AsyncIterator[ScsiDriver]:
     """A driver that is connected to a GuestSide on these workers, and has not started."""
-    side = side or GuestSide(workers, drain_timeout=1, log=log, stopped=nobody)  # type: ignore[arg-type]
+    side = side or GuestSide(workers, drain_timeout=1, log=log, stopped=nobody)  # type: ignore[arg-type]  # a fake
     with listen(directory / "vhost.sock") as listener:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(side.serve, listener)
@@ -123,7 +123,7 @@ async def test_firmware_that_hands_over_soon_is_not_silent(tmp_path: Path, autoj
 
 async def test_buffers_that_come_while_an_event_finds_none_are_used(tmp_path: Path) -> None:
     workers = LateWorkers()
-    side = workers.side = GuestSide(workers, drain_timeout=1, log=Warnings(), stopped=nobody)  # type: ignore[arg-type]
+    side = workers.side = GuestSide(workers, drain_timeout=1, log=Warnings(), stopped=nobody)  # type: ignore[arg-type]  # a fake
     async with driver_of(tmp_path, workers, Warnings(), side) as driver:
         await driver.client.start([queue.setup(0) for queue in driver.queues])
         await side.active.wait()

@@ -404,7 +404,7 @@ async def test_no_descriptors_left_is_not_the_end(tmp_path: Path, nursery: trio.
                 raise OSError(code, os.strerror(code))
             return await whole()
 
-    serve = partial(run_helper, Starved(), FakeKernel(tmp_path, nursery), etc=tmp_path, notes=tmp_path)  # type: ignore[arg-type]
+    serve = partial(run_helper, Starved(), FakeKernel(tmp_path, nursery), etc=tmp_path, notes=tmp_path)  # type: ignore[arg-type]  # a fake
     await nursery.start(partial(serve, users={os.getuid()}, log=LOG))
     with trio.fail_after(5):
         async with await trio.open_unix_socket(str(tmp_path / "h.sock")) as stream:

@@ -89,10 +89,10 @@ def test_a_whole_session_has_no_malformed_frame(tmp_path: Path) -> None:
         for _, what in outputs:
             if isinstance(what, bytes):
                 record("switch", what)
-        send(outputs)  # type: ignore[arg-type]
+        send(outputs)  # type: ignore[arg-type]  # a spy
 
-    san.switch.receive = sniff  # type: ignore[method-assign, assignment]
-    san.deliver = deliver  # type: ignore[method-assign, assignment]
+    san.switch.receive = sniff  # type: ignore[method-assign, assignment]  # a spy
+    san.deliver = deliver  # type: ignore[method-assign, assignment]  # a spy
     one = Initiator(san, 1).login().scr().open()
     one.command(bytes([0x12, 0, 0, 0, 96, 0]), data_in=96)
     one.command(bytes([0x28, 0, 0, 0, 0, 0, 0, 0, 8, 0]), data_in=8 * 512)

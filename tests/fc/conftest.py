@@ -30,7 +30,7 @@ class Pair:
         self.now = 1000.0
         self.array = TinyTarget(ARRAY, 0x01FE01, {lun(0): bytearray(64 * BLOCK), lun(3): bytearray(64 * BLOCK)})
         self.fabric = TinyFabric([self.array])
-        self.port = NPort(WWPN, WWNN, symbolic_name="vm1", **nport)  # type: ignore[arg-type]
+        self.port = NPort(WWPN, WWNN, symbolic_name="vm1", **nport)  # type: ignore[arg-type]  # any of its keywords
         self.events: list[Event] = []
         self.lose: Callable[[Frame], bool] = lambda _frame: False
         self.sent: list[Frame] = []
@@ -83,7 +83,7 @@ class Pair:
 
     def run(self, number: int, cdb: bytes, **how: object) -> CommandResult:
         """Run a command that is answered at once."""
-        command = self.port.start_command(self.remote, lun(number), cdb, self.now, **how)  # type: ignore[arg-type]
+        command = self.port.start_command(self.remote, lun(number), cdb, self.now, **how)  # type: ignore[arg-type]  # any of its keywords
         self.settle()
         return self.result(command)
 

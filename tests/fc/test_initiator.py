@@ -154,7 +154,7 @@ def test_a_transfer_ready_beyond_the_data_ends_the_command(online: Pair) -> None
 def start(pair: Pair, **how: object) -> Command:
     """A command that the target keeps."""
     pair.array.hold = True
-    command = pair.port.start_command(pair.remote, lun(0), TUR, pair.now, **how)  # type: ignore[arg-type]
+    command = pair.port.start_command(pair.remote, lun(0), TUR, pair.now, **how)  # type: ignore[arg-type]  # any of its keywords
     pair.settle()
     return command
 
@@ -315,7 +315,7 @@ def test_a_nexus_reset_is_a_new_login(online: Pair) -> None:
 def test_timers_run_in_order_and_only_once() -> None:
     timers, ran = Timers(), list[tuple[str, float]]()
     for name, at in [("b", 2.0), ("a", 1.0), ("c", 3.0), ("b2", 2.0)]:
-        timers.set(at, lambda now, name=name: ran.append((name, now)))  # type: ignore[misc]
+        timers.set(at, lambda now, name=name: ran.append((name, now)))  # type: ignore[misc]  # mypy infers no lambda's defaults
     timers.tick(2.5)
     timers.tick(2.6)
 
