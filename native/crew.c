@@ -20,8 +20,8 @@
 
 #include "crew.h"
 
-#define TELL 16
-#define TELL_NS 200000
+#define TELL 16			/* finished ones that are told of at once, */
+#define TELL_NS 200000		/* and after this time */
 #define STACK (128u << 10)
 
 static uint64_t now(void)
@@ -235,8 +235,11 @@ int crew_begin(struct crew *crew, unsigned most)
 	pthread_mutex_init(&crew->lock, NULL);
 	pthread_cond_init(&crew->work, NULL);
 	error = grow(crew);
-	if (error)
+	if (error) {
 		close(crew->fd);
+		pthread_mutex_destroy(&crew->lock);
+		pthread_cond_destroy(&crew->work);
+	}
 	return error;
 }
 
